@@ -1,0 +1,91 @@
+"""Gated DeltaNet: the linear-attention mixer of three layers out of four.
+
+Reference: Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464). A short causal convolution over
+queries, keys and values, then the gated delta rule with one state matrix per value head, then a
+norm that is gated by a projection of the input. No positions, no growing cache.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qnext.config import ModelConfig
+from qnext.model.batch import TokenBatch
+from qnext.model.cache import CacheView
+from qnext.model.layers import GatedRmsNorm
+from qnext.ops import Ops
+from qnext.ops.gated_delta import l2_normalise
+
+STEP_TOKENS = 16
+"""Sequences of at most so many new tokens are walked token by token, longer ones in chunks."""
+
+
+class ConvWeight(nn.Module):
+    """Holds the depthwise weight [ch, 1, J] under its published name."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+
+
+class GatedDeltaNet(nn.Module):
+    """One delta mixer; ``cache_layer`` is its number among the layers that have a state."""
+
+    def __init__(self, config: ModelConfig, cache_layer: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.cache_layer = ops, cache_layer
+        self.key_heads = config.linear_num_key_heads
+        self.value_heads = config.linear_num_value_heads
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
+        D, all_keys, all_values = config.hidden_size, config.delta_key_dim, config.delta_value_dim
+        self.in_proj_qkvz = nn.Linear(D, 2 * all_keys + 2 * all_values, bias=False)
+        self.in_proj_ba = nn.Linear(D, 2 * self.value_heads, bias=False)
+        self.conv1d = ConvWeight(config.conv_channels, config.linear_conv_kernel_dim)
+        # Float32 whatever the model's dtype: the decay is an exponential of an exponential.
+        self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
+        self.norm = GatedRmsNorm(self.value_dim, config, ops)
+        self.out_proj = nn.Linear(all_values, D, bias=False)
+
+    def forward(self, h_PD: Tensor, batch: TokenBatch, view: CacheView | None) -> Tensor:
+        """[P, D] -> [P, D]."""
+        U, W, K, M = self.key_heads, self.value_heads, self.key_dim, self.value_dim
+        # Rows are grouped by key head: q, k, then the values and the gates of its value heads.
+        grouped_PUx = self.in_proj_qkvz(h_PD).unflatten(-1, (U, -1))
+        q_PUK, k_PUK, v_PUx, z_PUx = grouped_PUx.split((K, K, W // U * M, W // U * M), dim=-1)
+        b_PUr, a_PUr = self.in_proj_ba(h_PD).unflatten(-1, (U, -1)).chunk(2, dim=-1)
+        z_PWM = z_PUx.reshape(-1, W, M)
+
+        x_Pc = torch.cat([part.flatten(-2) for part in (q_PUK, k_PUK, v_PUx)], dim=-1)
+        conv_state, state_BWKM = view.read_state(self.cache_layer) if view else (None, None)
+        c_Pc, conv_state = self.ops.causal_conv(
+            x=x_Pc,
+            weight=self.conv1d.weight.squeeze(1),
+            state=conv_state,
+            segments=batch.segments,
+        )
+        q_Pc, k_Pc, v_Pc = c_Pc.split((U * K, U * K, W * M), dim=-1)
+        q_PUK = l2_normalise(q_Pc.unflatten(-1, (U, K))) * K**-0.5
+        k_PUK = l2_normalise(k_Pc.unflatten(-1, (U, K)))
+        v_PWM = v_Pc.unflatten(-1, (W, M))
+        beta_PW = torch.sigmoid(b_PUr.float()).flatten(-2)
+        g_PW = -self.A_log.float().exp() * F.softplus(
+            a_PUr.float().flatten(-2) + self.dt_bias.float()
+        )
+
+        few = batch.segments.longest <= STEP_TOKENS
+        gated_delta = self.ops.gated_delta_step if few else self.ops.gated_delta_chunk
+        o_PWM, state_BWKM = gated_delta(
+            q=q_PUK,
+            k=k_PUK,
+            v=v_PWM,
+            g=g_PW,
+            beta=beta_PW,
+            state=state_BWKM,
+            segments=batch.segments,
+        )
+        if view is not None:
+            inputs = (x_Pc, k_PUK, v_PWM, g_PW, beta_PW)
+            view.write_state(self.cache_layer, conv_state, state_BWKM, inputs)
+        return self.out_proj(self.norm(o_PWM, z_PWM).flatten(-2))

@@ -1,0 +1,105 @@
+"""Small parts every block uses: norms, the dense feed-forward, rotary tables, and taps."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qnext.config import ModelConfig, RopeConfig
+from qnext.ops import Ops
+from qnext.ops.rope import (
+    rope_frequencies,
+    rope_table,
+    yarn_attention_factor,
+    yarn_frequencies,
+)
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm over the last axis; zero-centred for Qwen3-Next, plain for Qwen3."""
+
+    def __init__(self, dim: int, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = config.rms_norm_eps
+        self.norm = ops.rms_norm_zero_centred if config.is_hybrid else ops.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x=x, weight=self.weight, eps=self.eps)
+
+
+class GatedRmsNorm(nn.Module):
+    """Output norm of a delta layer; its weight is stored around 1, not around 0."""
+
+    def __init__(self, dim: int, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = config.rms_norm_eps
+        self.norm = ops.rms_norm_gated
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.norm(x=x, gate=gate, weight=self.weight, eps=self.eps)
+
+
+class Mlp(nn.Module):
+    """down(silu(gate x) * up x): a dense layer's feed-forward, and the shared expert."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, h_PD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(h_PD)) * self.up_proj(h_PD))
+
+
+@lru_cache(maxsize=16)
+def _frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
+    if rope.rope_type == "yarn":
+        trained = rope.original_max_position_embeddings
+        assert trained is not None, rope
+        frequencies = yarn_frequencies(
+            rotary_dim=rotary_dim,
+            theta=rope.rope_theta,
+            factor=rope.factor,
+            trained_length=trained,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+            truncate=rope.truncate,
+        )
+        multiplier = rope.attention_factor
+        if multiplier is None:
+            multiplier = yarn_attention_factor(
+                factor=rope.factor, mscale=rope.mscale, mscale_all_dim=rope.mscale_all_dim
+            )
+        return frequencies, multiplier
+    frequencies = rope_frequencies(rotary_dim=rotary_dim, theta=rope.rope_theta)
+    if rope.rope_type == "linear":
+        frequencies = frequencies / rope.factor
+    return frequencies, 1.0
+
+
+def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [P, Y] of the batch's positions, shared by all attention layers."""
+    frequencies, multiplier = _frequencies(config.rope, config.rotary_dim)
+    return rope_table(
+        positions=positions, frequencies=frequencies, multiplier=multiplier, dtype=dtype
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Taps:
+    """What to record while the model runs; each list gets one entry per layer that has it."""
+
+    want_router_logits: bool = False
+    want_attentions: bool = False
+    want_hidden_states: bool = False
+    router_logits: list[Tensor] = field(default_factory=list)
+    """[P, E] float32 per sparse layer, the MTP layer last if it ran."""
+    attentions: list[list[Tensor]] = field(default_factory=list)
+    """Per full-attention layer, per sequence: softmax weights [N, T, S] float32."""
+    hidden_states: list[Tensor] = field(default_factory=list)
+    """[P, D]: the embedding, then the output of each layer, the last one after the final norm."""

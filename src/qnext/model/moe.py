@@ -1,0 +1,61 @@
+"""Sparse feed-forward: a router, many small experts of which few run, and a shared expert."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qnext.config import ModelConfig
+from qnext.model.layers import Mlp, Taps
+from qnext.ops import Ops
+
+
+class Experts(nn.Module):
+    """Stacked weights of the routed experts; checkpoints store them one by one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+
+class SparseMoe(nn.Module):
+    """Top-k of softmax over all experts, in float32, plus the gated shared expert if there is one.
+
+    The k probabilities are rescaled to sum to one when ``norm_topk_prob`` is set. No token is
+    dropped and no expert has a capacity.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.experts_per_token = config.num_experts_per_tok
+        self.rescale = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+        self.shared_expert: Mlp | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = Mlp(config, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, h_PD: Tensor, taps: Taps | None) -> Tensor:
+        """[P, D] -> [P, D]."""
+        # Float32 router: the tenth and eleventh of 512 logits are often closer than bfloat16 sees.
+        logits_PE = F.linear(h_PD.float(), self.gate.weight.float())
+        weights_PX, ids_PX = logits_PE.softmax(-1).topk(self.experts_per_token, dim=-1)
+        if self.rescale:
+            weights_PX = weights_PX / weights_PX.sum(-1, keepdim=True)
+        if taps is not None and taps.want_router_logits:
+            taps.router_logits.append(logits_PE)
+        y_PD = self.ops.experts(
+            h=h_PD,
+            ids=ids_PX,
+            weights=weights_PX,
+            gate_up=self.experts.gate_up_proj,
+            down=self.experts.down_proj,
+        )
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            share_P1 = torch.sigmoid(self.shared_expert_gate(h_PD))
+            y_PD = y_PD + share_P1 * self.shared_expert(h_PD)
+        return y_PD

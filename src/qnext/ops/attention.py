@@ -1,0 +1,114 @@
+"""Causal softmax attention over packed sequences, and over keys and values that live in pages."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qnext.ops.contracts import Impl
+from qnext.ops.segments import Segments
+
+
+def attention_weights(*, q: Tensor, k: Tensor, scale: float, before: int) -> Tensor:
+    """Softmax weights of one sequence, float32 [N, T, S]; query t sees keys 0 ... before + t.
+
+    q [T, N, H], k [S, G, H]. Also what ``output_attentions`` returns.
+    """
+    group = q.shape[1] // k.shape[1]
+    k_SNH = k.repeat_interleave(group, dim=1)
+    scores_NTS = torch.einsum("tnh,snh->nts", q.float(), k_SNH.float()) * scale
+    seen = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(before)
+    return scores_NTS.masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int) -> Tensor:
+    weights_NTS = attention_weights(q=q, k=k, scale=scale, before=before)
+    v_SNH = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("nts,snh->tnh", weights_NTS, v_SNH.float()).to(q.dtype)
+
+
+def attention_reference(
+    *, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
+) -> Tensor:
+    """Explicit scores, mask and softmax, one sequence at a time."""
+    borders = zip(segments.starts, segments.starts[1:], strict=False)
+    return torch.cat([_attend(q[a:b], k[a:b], v[a:b], scale, 0) for a, b in borders])
+
+
+def attention_torch(*, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    """The library's fused attention, one call per sequence: no score matrix is kept."""
+    borders = zip(segments.starts, segments.starts[1:], strict=False)
+    return torch.cat([_fused(q[a:b], k[a:b], v[a:b], scale, 0) for a, b in borders])
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int) -> Tensor:
+    """One sequence: q [T, N, H] over k and v [S, G, H]."""
+    group = q.shape[1] // k.shape[1]
+    k_SNH, v_SNH = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    mask = None
+    if q.shape[0] > 1 and before > 0:
+        mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(before)
+    out_NTH = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k_SNH.transpose(0, 1)[None],
+        v_SNH.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[0] > 1,
+        scale=scale,
+    )[0]
+    return out_NTH.transpose(0, 1)
+
+
+def _gathered(pages: Tensor, page_table_row: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first ``length`` positions of one sequence, each [S, G, H]."""
+    page_size = pages.shape[2]
+    used = page_table_row[: -(-length // page_size)]
+    kv = pages[used].transpose(0, 1).flatten(1, 2)[:, :length]
+    return kv[0], kv[1]
+
+
+def _paged(one, q, pages, page_table, before, scale, segments):  # type: ignore[no-untyped-def]
+    outs = []
+    starts = segments.starts
+    for b, past in enumerate(before):
+        if segments.lengths[b]:
+            k, v = _gathered(pages, page_table[b], past + segments.lengths[b])
+            outs.append(one(q[starts[b] : starts[b + 1]], k, v, scale, past))
+    return torch.cat(outs) if outs else q.new_zeros(q.shape)
+
+
+def attention_paged_reference(
+    *,
+    q: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    before: tuple[int, ...],
+    scale: float,
+    segments: Segments,
+) -> Tensor:
+    """Pages are copied together, then attended with explicit scores."""
+    return _paged(_attend, q, pages, page_table, before, scale, segments)
+
+
+def attention_paged_torch(
+    *,
+    q: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    before: tuple[int, ...],
+    scale: float,
+    segments: Segments,
+) -> Tensor:
+    """Pages are copied together, then the library's fused attention runs per sequence."""
+    return _paged(_fused, q, pages, page_table, before, scale, segments)
+
+
+IMPLS = {
+    "attention": (
+        Impl(backend="torch", load=lambda: attention_torch),
+        Impl(backend="reference", load=lambda: attention_reference),
+    ),
+    "attention_paged": (
+        Impl(backend="torch", load=lambda: attention_paged_torch),
+        Impl(backend="reference", load=lambda: attention_paged_reference),
+    ),
+}

@@ -1,0 +1,178 @@
+"""What every op promises: shapes, dtypes, what is computed in float32, and how close a kernel must be.
+
+Ops are functions of tensors passed by keyword. They know shapes, not models; they modify nothing
+unless their name ends in an underscore; they never read the environment. Sequences lie end to end
+in a packed axis P, and ``Segments`` says where they begin. Shape letters: ``docs/notation.md``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qnext.ops.segments import Segments
+
+
+class RmsNorm(Protocol):
+    """``x / rms(x)`` over the last axis, scaled by a weight.
+
+    Used in two conventions: ``rms_norm_zero_centred`` multiplies by ``1 + weight`` in float32 and
+    then casts; ``rms_norm`` casts first and multiplies by ``weight``. Statistics are float32.
+    Shapes: x [..., D], weight [D] -> [..., D] in the dtype of x.
+    """
+
+    def __call__(self, *, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class GatedRmsNorm(Protocol):
+    """``weight * x / rms(x) * silu(gate)``, all in float32 until the cast to the dtype of gate.
+
+    Shapes: x [P, W, M] float32, gate [P, W, M], weight [M] -> [P, W, M].
+    """
+
+    def __call__(self, *, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class ApplyRope(Protocol):
+    """Rotate the first Y dimensions of every head, pairing i with i + Y/2.
+
+    Shapes: x [P, N, H], cos and sin [P, Y] in the dtype of x -> [P, N, H]. Y <= H.
+    """
+
+    def __call__(self, *, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+class CausalConv(Protocol):
+    """Depthwise causal convolution followed by SiLU, per sequence.
+
+    Shapes: x [P, ch], weight [ch, J] (last tap multiplies the current token), state [B, J-1, ch]
+    or None for zeros -> (out [P, ch], new state [B, J-1, ch]): the raw inputs of the last J-1
+    tokens, oldest first. Products and sum are float32.
+    """
+
+    def __call__(
+        self, *, x: Tensor, weight: Tensor, state: Tensor | None, segments: Segments
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class GatedDelta(Protocol):
+    """The gated delta rule, float32 throughout, per sequence and value head.
+
+    ``S <- exp(g) S;  S <- S + k beta (v - k^T S)^T;  out = q^T S`` with q and k already normalised
+    and q already scaled. ``gated_delta_step`` walks token by token and is meant for few tokens per
+    sequence; ``gated_delta_chunk`` solves whole chunks and is meant for many. Same result to
+    float32 rounding.
+    Shapes: q, k [P, U, K], v [P, W, M], g, beta [P, W], state [B, W, K, M] or None for zeros ->
+    (out [P, W, M] float32, final state [B, W, K, M] float32). Value head w uses key head w // (W/U).
+    """
+
+    def __call__(
+        self,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor | None,
+        segments: Segments,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Attention(Protocol):
+    """Causal attention inside each sequence; softmax in float32.
+
+    Shapes: q [P, N, H], k and v [P, G, H] -> [P, N, H]. Query head n uses key/value head
+    n // (N/G).
+    """
+
+    def __call__(
+        self, *, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
+    ) -> Tensor: ...
+
+
+class PagedAttention(Protocol):
+    """Attention of new tokens over keys and values that live in pages.
+
+    The new tokens' own keys and values are already in the pages. Query t of sequence b sees
+    positions 0 ... before[b] + t.
+    Shapes: q [P, N, H], pages [pages, 2, page size, G, H] (0 = keys, 1 = values), page_table
+    [B, max pages] int64, before: B host integers -> [P, N, H].
+    """
+
+    def __call__(
+        self,
+        *,
+        q: Tensor,
+        pages: Tensor,
+        page_table: Tensor,
+        before: tuple[int, ...],
+        scale: float,
+        segments: Segments,
+    ) -> Tensor: ...
+
+
+class Experts(Protocol):
+    """Routed feed-forward: ``sum_x weight[p, x] * down_e(silu(gate_e h) * up_e h)``, e = ids[p, x].
+
+    Slots of one token are added in their given order. Shapes: h [P, D], ids [P, X] int64, weights
+    [P, X] float32, gate_up [E, 2F, D] (gate rows first), down [E, D, F] -> [P, D] in h's dtype.
+    """
+
+    def __call__(
+        self, *, h: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor: ...
+
+
+BOUNDS: Mapping[str, float] = {
+    "rms_norm": 1e-5,
+    "rms_norm_zero_centred": 1e-5,
+    "rms_norm_gated": 1e-5,
+    "apply_rope": 1e-5,
+    "causal_conv": 1e-5,
+    "gated_delta_step": 1e-5,
+    "gated_delta_chunk": 2e-5,
+    "attention": 1e-5,
+    "attention_paged": 1e-5,
+    "experts": 1e-5,
+}
+"""Largest difference to the reference, relative to the reference's RMS, for float32 inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What the ops will be used for; a backend says from this whether it fits."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    grad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impl:
+    """One implementation of an op: its backend's name, how to get it, and when it does not fit."""
+
+    backend: str
+    load: Callable[[], Callable[..., object]]
+    unfit: Callable[[OpSpec], str | None] = field(default=lambda spec: None)
+    """None, or one English sentence that says why this backend cannot serve the spec."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops:
+    """The chosen implementations, one function per op, and why each was chosen."""
+
+    rms_norm: RmsNorm
+    rms_norm_zero_centred: RmsNorm
+    rms_norm_gated: GatedRmsNorm
+    apply_rope: ApplyRope
+    causal_conv: CausalConv
+    gated_delta_step: GatedDelta
+    gated_delta_chunk: GatedDelta
+    attention: Attention
+    attention_paged: PagedAttention
+    experts: Experts
+    report: tuple[str, ...]
+    """One line per op: the backend that runs and why the preferred ones do not."""

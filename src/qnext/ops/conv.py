@@ -1,0 +1,58 @@
+"""Causal depthwise convolution with SiLU over packed sequences, each with its saved window."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qnext.ops.contracts import Impl
+from qnext.ops.segments import Segments
+
+
+def causal_conv_reference(
+    *, x: Tensor, weight: Tensor, state: Tensor | None, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """One loop over sequences and tokens, written like the definition."""
+    history = weight.shape[1] - 1
+    if state is None:
+        state = x.new_zeros(segments.count, history, x.shape[1])
+    outs, states = [], []
+    for b, (start, end) in enumerate(zip(segments.starts, segments.starts[1:], strict=False)):
+        window = torch.cat((state[b], x[start:end]))
+        for t in range(end - start):
+            taps = window[t : t + history + 1].float() * weight.float().T
+            outs.append(F.silu(taps.sum(0)).to(x.dtype))
+        states.append(window[window.shape[0] - history :])
+    out = torch.stack(outs) if outs else x.new_zeros(x.shape)
+    return out, torch.stack(states)
+
+
+def causal_conv_torch(
+    *, x: Tensor, weight: Tensor, state: Tensor | None, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """All tokens at once: each tap is a gather of earlier rows, found in the batch's tables.
+
+    Equal to the reference because the table sends a token near the start of its sequence to the
+    saved window of that same sequence, never to a neighbour.
+    """
+    history = weight.shape[1] - 1
+    if state is None:
+        state = x.new_zeros(segments.count, history, x.shape[1])
+    rows = torch.cat((state.flatten(0, 1), x))
+    if segments.longest == 1 and segments.total == segments.count:
+        # One new token per sequence: its window is the saved one, no table needed.
+        out = (state.float() * weight[:, :history].float().T).sum(1)
+        out = out + x.float() * weight[:, history].float()
+        return F.silu(out).to(x.dtype), torch.cat((state[:, 1:], x[:, None]), dim=1)
+    table = segments.window_table(history)
+    out = x.float() * weight[:, history].float()
+    for j in range(history):
+        out = out + rows[table[:, j]].float() * weight[:, j].float()
+    return F.silu(out).to(x.dtype), rows[segments.tail_table(history)]
+
+
+IMPLS = {
+    "causal_conv": (
+        Impl(backend="torch", load=lambda: causal_conv_torch),
+        Impl(backend="reference", load=lambda: causal_conv_reference),
+    ),
+}
