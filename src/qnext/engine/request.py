@@ -1,0 +1,140 @@
+"""What goes into the engine and what comes out: requests and events, in token ids only.
+
+No text, no torch. A request is ids and sampling parameters; an event is what one step added to one
+request. The names of the parameters are those vLLM uses.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qnext.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. Raises RequestError for impossible values."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token; otherwise logits are divided by it."""
+    top_p: float = 1.0
+    """Smallest set of likeliest tokens whose probabilities sum to at least this."""
+    top_k: int = 0
+    """Number of likeliest tokens considered; 0 for all."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are dropped."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted for every time a token was generated."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output."""
+    seed: int | None = None
+    """Same seed, same tokens, whatever else the engine is doing. None draws one."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None for as many as the context holds."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are not chosen before so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further token ids that end the sequence."""
+    ignore_eos: bool = False
+    """Keep going after an end-of-sequence token."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of single tokens."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of so many alternatives (0 ... 20)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check("temperature", self.temperature, 0.0, 100.0)
+        self._check("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        self._check("min_p", self.min_p, 0.0, 1.0)
+        self._check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self._check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        self._check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        self._check("top_k", self.top_k, -1, None)
+        self._check("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None:
+            self._check("max_tokens", self.max_tokens, 1, None)
+            if self.min_tokens > self.max_tokens:
+                raise RequestError(
+                    f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})."
+                )
+        if self.logprobs is not None:
+            self._check("logprobs", self.logprobs, 0, 20)
+        if any(not text for text in self.stop):
+            raise RequestError("stop: an empty string would stop everything at once; remove it.")
+
+    @staticmethod
+    def _check(
+        name: str, value: Any, low: float, high: float | None, *, open_low: bool = False
+    ) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"{name}: expected a number, found {value!r}.")
+        too_low = value <= low if open_low else value < low
+        if not too_low and (high is None or value <= high):
+            return
+        least = f"more than {low:g}" if open_low else f"at least {low:g}"
+        most = "" if high is None else f" and at most {high:g}"
+        raise RequestError(f"{name}: expected {least}{most}, found {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One sequence to generate."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence unless ``ignore_eos``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of a generated token under the unmodified logits, and its best rivals."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, log-probability), likeliest first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What a request has cost so far, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Plain numbers for JSON, the sum included."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """What one step added to one request."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    """New tokens in order; the end-of-sequence token is included."""
+    finish_reason: FinishReason | None
+    """None while the request runs."""
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -1,0 +1,413 @@
+"""LLM: prompts in, texts out. The offline facade over text and engine; the server builds on it too.
+
+Text stays at this edge: the engine sees token ids only. ``TextReader`` is the way back, from the
+events of one request to pieces of text that never have to be taken back.
+"""
+
+import itertools
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qnext.engine.engine import Engine
+from qnext.engine.request import (
+    Event,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+)
+from qnext.errors import RequestError, TokenizerError
+from qnext.model.model import CausalLM
+from qnext.text.chat import ChatTemplate, opens_thinking
+from qnext.text.parse import ReasoningParser, StopMatcher
+from qnext.text.tokenizer import Detokenizer, Tokenizer
+from qnext.weights.checkpoint import load_model, resolve_model
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What a request added since the last one: text that is final."""
+
+    text: str
+    reasoning: str
+    """The part inside the think block."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    """None until the last delta."""
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """The whole answer to one prompt."""
+
+    text: str
+    reasoning: str | None
+    """Text of the think block; None when the prompt was plain text or nothing was thought."""
+    token_ids: tuple[int, ...]
+    """Every generated id, the end-of-sequence token included."""
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class TextReader:
+    """Turns the events of one request into deltas: UTF-8, stop strings, the think block.
+
+    ``push`` returns None when an event adds nothing visible yet. When a stop string matches,
+    ``stopped`` turns true and the last delta says so; the caller then cancels the request.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        *,
+        split_reasoning: bool,
+        starts_in_reasoning: bool,
+    ) -> None:
+        self.request = request
+        self.stopped = False
+        self._bytes = Detokenizer(tokenizer, skip_special=True)
+        self._stop = StopMatcher(list(request.params.stop))
+        self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
+        self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
+        self._thinking = starts_in_reasoning
+        self._reasoning_tokens = 0
+        self._ended = False
+
+    def push(self, event: Event) -> Delta | None:
+        """Feed one event; returns what has become final, or None."""
+        if self._ended:
+            return None
+        self._count_reasoning(event.token_ids)
+        ends = event.finish_reason is not None
+        visible = list(event.token_ids)
+        if event.finish_reason == "stop" and visible:
+            visible.pop()  # the end-of-sequence token is not text
+        raw = self._bytes.push(visible)
+        if ends:
+            raw += self._bytes.finish()
+        raw, self.stopped, _ = self._stop.push(raw)
+        if ends and not self.stopped:
+            raw += self._stop.finish()
+        self._ended = ends or self.stopped
+        text, reasoning = self._split(raw)
+        reason: FinishReason | None = "stop" if self.stopped else event.finish_reason
+        if not (text or reasoning or self._ended or event.token_ids):
+            return None
+        return Delta(
+            text=text,
+            reasoning=reasoning,
+            token_ids=tuple(event.token_ids),
+            finish_reason=reason,
+            usage=replace(event.usage, reasoning_tokens=self._reasoning_tokens),
+            logprobs=event.logprobs,
+        )
+
+    def _split(self, raw: str) -> tuple[str, str]:
+        if self._parser is None:
+            return raw, ""
+        parts = self._parser.push(raw)
+        if self._ended:
+            parts = [*parts, *self._parser.finish()]
+        text = "".join(piece for kind, piece in parts if kind == "content")
+        return text, "".join(piece for kind, piece in parts if kind == "reasoning")
+
+    def _count_reasoning(self, token_ids: Sequence[int]) -> None:
+        opening, closing = self._think
+        for token in token_ids:
+            if token == closing:
+                self._thinking = False
+            elif token == opening:
+                self._thinking = True
+            elif self._thinking:
+                self._reasoning_tokens += 1
+
+
+class LLM:
+    """A model folder (or ``qnext-mini``) ready to answer.
+
+    ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
+    answer together; by default the model's own limit. Not thread-safe: use it from one thread.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "qnext-mini",
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        max_num_seqs: int = 16,
+        max_batch_tokens: int = 2048,
+        memory: str | int = "1GiB",
+        max_model_len: int | None = None,
+    ) -> None:
+        folder = resolve_model(model)
+        tokenizer = Tokenizer.from_folder(folder)
+        template = ChatTemplate.from_folder(folder)
+        self.name = folder.name
+        self._assemble(
+            load_model(folder, dtype=dtype, device=device),
+            tokenizer,
+            template,
+            _generation_config(folder),
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            memory_bytes=parse_bytes(memory),
+            max_model_len=max_model_len,
+        )
+
+    def _assemble(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        generation: Mapping[str, Any],
+        **engine: Any,
+    ) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer defines {tokenizer.vocab_size} ids and the model's vocabulary has "
+                f"{model.config.vocab_size}: they do not belong together. Use the tokenizer files "
+                "that came with the checkpoint."
+            )
+        self.model, self.config = model.eval(), model.config
+        self.tokenizer, self.template = tokenizer, template
+        self._generation = generation
+        self.engine = Engine(model, defined_ids=tokenizer.vocab_size, **engine)
+        self.max_model_len = self.engine.max_model_len
+        self.eos_ids = self._end_ids()
+        self._numbers = itertools.count()
+        self._inbox: dict[str, deque[Delta]] = {}
+        self._readers: dict[str, TextReader] = {}
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def default_params(self, **overrides: Any) -> SamplingParams:
+        """The checkpoint's own sampling settings (generation_config.json), with overrides."""
+        settings: dict[str, Any] = {}
+        if self._generation.get("do_sample", True):
+            for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+                if self._generation.get(key) is not None:
+                    settings[key] = self._generation[key]
+        else:
+            settings["temperature"] = 0.0
+        return SamplingParams(**{**settings, **overrides})
+
+    def prepare_text(
+        self, prompt: str | Sequence[int], params: SamplingParams
+    ) -> tuple[Request, TextReader]:
+        """A request that continues plain text or token ids."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        request = self._request(ids, params)
+        return request, TextReader(
+            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+        )
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        *,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> tuple[Request, TextReader]:
+        """A request that answers a conversation through the checkpoint's chat template."""
+        options = dict(template_options or {})
+        if enable_thinking is not None:
+            options["enable_thinking"] = enable_thinking
+        prompt = self.template.render(list(messages), tools=tools, **options)
+        request = self._request(self.tokenizer.encode(prompt), params)
+        return request, TextReader(
+            self.tokenizer,
+            request,
+            split_reasoning=True,
+            starts_in_reasoning=opens_thinking(prompt),
+        )
+
+    def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
+        return Request(
+            id=f"request-{next(self._numbers)}",
+            prompt_ids=tuple(ids),
+            params=params,
+            eos_ids=self.eos_ids,
+        )
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt; one completion per prompt, in order.
+
+        A single string is a list of one. ``params`` may be one for all or one per prompt. A
+        progress bar is shown on a terminal when there is more than one prompt.
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        if several and all(isinstance(item, int) for item in several):
+            several = [several]  # one prompt of token ids
+        prepared = [
+            self.prepare_text(prompt, one)  # type: ignore[arg-type]
+            for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
+        ]
+        if progress is None:
+            progress = len(prepared) > 1 and sys.stderr.isatty()
+        names = [self._submit(*pair) for pair in prepared]
+        bar = tqdm(names, desc="generate", unit="prompt", disable=not progress)
+        return [_complete(self._follow(name)) for name in bar]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """Answer a conversation: messages are dicts with ``role`` and ``content``."""
+        pair = self.prepare_chat(
+            messages,
+            params or self.default_params(max_tokens=None),
+            enable_thinking=enable_thinking,
+            tools=tools,
+        )
+        return _complete(self._follow(self._submit(*pair)), thinks=True)
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> Iterator[Delta]:
+        """Like ``generate`` (for a string) or ``chat`` (for messages), piece by piece.
+
+        Closing the iterator cancels the request.
+        """
+        params = params or self.default_params(max_tokens=None)
+        if isinstance(prompt, str):
+            pair = self.prepare_text(prompt, params)
+        else:
+            pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
+        return self._follow(self._submit(*pair))
+
+    def _per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_params()] * count
+        if len(params) != count:
+            raise RequestError(
+                f"params: expected one SamplingParams or one per prompt ({count}), "
+                f"found {len(params)}."
+            )
+        return list(params)
+
+    def _submit(self, request: Request, reader: TextReader) -> str:
+        self.engine.add(request)
+        self._inbox[request.id], self._readers[request.id] = deque(), reader
+        return request.id
+
+    def _follow(self, name: str) -> Iterator[Delta]:
+        """Deltas of one request; the engine is stepped whenever none is waiting."""
+        inbox = self._inbox[name]
+        try:
+            while True:
+                while not inbox:
+                    self._pump()
+                delta = inbox.popleft()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.engine.cancel(name)
+            del self._inbox[name], self._readers[name]
+
+    def _pump(self) -> None:
+        for event in self.engine.step():
+            reader = self._readers.get(event.request_id)
+            if reader is None:
+                continue  # its iterator was closed
+            delta = reader.push(event)
+            if delta is not None:
+                self._inbox[event.request_id].append(delta)
+            if reader.stopped:
+                self.engine.cancel(event.request_id)
+
+    def _end_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence, from generation_config.json, config.json, tokenizer."""
+        named = self._generation.get("eos_token_id")
+        ids = set(self.config.eos_ids)
+        ids.update([named] if isinstance(named, int) else named or [])
+        if self.tokenizer.eos_id is not None:
+            ids.add(self.tokenizer.eos_id)
+        return tuple(sorted(ids))
+
+
+def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
+    pieces = list(deltas)
+    last = pieces[-1]
+    assert last.finish_reason is not None, last
+    reasoning = "".join(piece.reasoning for piece in pieces)
+    return Completion(
+        text="".join(piece.text for piece in pieces),
+        reasoning=reasoning if thinks and reasoning else None,
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        logprobs=tuple(item for piece in pieces for item in piece.logprobs),
+    )
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise RequestError(f"{file}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}iB"] = 1024**_power
+    _UNITS[f"{_letter}B"] = 1000**_power
+
+
+def parse_bytes(amount: str | int) -> int:
+    """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
+    if isinstance(amount, int):
+        return amount
+    text = amount.strip()
+    digits = text.rstrip("KMGTiB ")
+    unit = text[len(digits) :].strip()
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise RequestError(
+            f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}."
+        ) from None
