@@ -1,6 +1,6 @@
 """qnext: Qwen3-Next, complete. Train it, run it, serve it.
 
-Public names are loaded on first use, so that ``import qnext`` costs nothing and does not import torch.
+Public names are loaded on first use: ``import qnext`` costs nothing and does not import torch.
 """
 
 from importlib import import_module

@@ -214,7 +214,9 @@ class ModelConfig:
         for item in fields(self):
             if item.name not in ("rope", "source", "num_mtp_layers"):
                 value = getattr(self, item.name)
-                out[item.name] = list(value) if isinstance(value, tuple) else value
+                if isinstance(value, tuple):
+                    value = list(cast("tuple[Any, ...]", value))
+                out[item.name] = value
         rope = self.rope
         out["rope_theta"] = rope.rope_theta
         out["partial_rotary_factor"] = rope.partial_rotary_factor
@@ -394,7 +396,7 @@ class _Reader:
         if found is None:
             by_class = {name: kind for kind, name in MODEL_TYPES.items()}
             architectures = self.raw.get("architectures") or [None]
-            found = by_class.get(architectures[0])
+            found = by_class.get(str(architectures[0]))
         if found not in MODEL_TYPES:
             raise ConfigError(
                 f"config.json: model_type {found!r} (architectures "
@@ -430,7 +432,7 @@ class _Reader:
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
-        value = self.raw.get(key) or []
+        value: Any = self.raw.get(key) or []
         if not isinstance(value, list) or any(
             not isinstance(item, int) for item in cast("list[Any]", value)
         ):

@@ -5,13 +5,13 @@
     +-- CheckpointError    a model folder is incomplete, damaged, or in a format that is refused
     +-- TokenizerError     tokenizer files are missing, damaged, or do not fit the model
     +-- TemplateError      a chat template cannot be compiled or rejects the messages
-    +-- RequestError       a request asks for something impossible: empty prompt, id out of range, context overflow
+    +-- RequestError       a request is impossible: empty prompt, id out of range, context overflow
     +-- BackendError       a kernel backend was asked for and does not fit this machine
     +-- DataError          training or evaluation data cannot be used
 
-Each message is one to three sentences: what was expected, what was found, where, and what to do. The
-command line prints the message alone and exits with status 2; ``QNEXT_TRACEBACK=1`` shows the trace.
-All of them are ``ValueError`` too, so that library users can catch them without importing this file.
+Each message is one to three sentences: what was expected, what was found, where, and what to do.
+The command line prints the message alone and exits with status 2; ``QNEXT_TRACEBACK=1`` shows the
+trace. All of them are ``ValueError`` too, so library users can catch them without this file.
 """
 
 

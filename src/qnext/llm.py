@@ -232,8 +232,10 @@ class LLM:
         options = dict(template_options or {})
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
-        prompt = self.template.render(list(messages), tools=tools, **options)
-        request = self._request(self.tokenizer.encode(prompt), params)
+        # Encoded with control tokens only where the template wrote them, not where a user did.
+        ids = self.template.encode(messages, self.tokenizer, tools=tools, **options)
+        prompt = self.template.render(messages, tools=tools, **options)
+        request = self._request(ids, params)
         return request, TextReader(
             self.tokenizer,
             request,

@@ -4,6 +4,8 @@ Qwen3-Next multiplies the attention output by a sigmoid gate that is computed to
 query; Qwen3 dense and Qwen3-MoE have the same layer without the gate.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -73,8 +75,7 @@ class GatedAttention(nn.Module):
         return self.o_proj(out_PNH.flatten(-2))
 
     def _weights(self, q_PNH: Tensor, k_PGH: Tensor, batch: TokenBatch) -> list[Tensor]:
-        starts = batch.segments.starts
         return [
             attention_weights(q=q_PNH[a:b], k=k_PGH[a:b], scale=self.scale, before=0)
-            for a, b in zip(starts, starts[1:], strict=False)
+            for a, b in pairwise(batch.segments.starts)
         ]

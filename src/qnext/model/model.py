@@ -82,14 +82,14 @@ class CausalLM(nn.Module):
         """Hidden rows after the final norm, [P, D]. With a view, the cache is read and extended."""
         h_PD = self.model.embed_tokens(batch.ids)
         rope = rotary(self.config, batch.positions, h_PD.dtype)
-        wants_states = taps is not None and taps.want_hidden_states
+        states = taps.hidden_states if taps is not None and taps.want_hidden_states else None
         for layer in self.model.layers:
-            if wants_states:
-                taps.hidden_states.append(h_PD)
+            if states is not None:
+                states.append(h_PD)
             h_PD = layer(h_PD, batch, rope, view, taps)
         h_PD = self.model.norm(h_PD)
-        if wants_states:
-            taps.hidden_states.append(h_PD)
+        if states is not None:
+            states.append(h_PD)
         if view is not None:
             view.remember(h_PD)
         return h_PD
@@ -227,7 +227,7 @@ def initialise(model: CausalLM, seed: int) -> None:
         if name.endswith("A_log"):
             # The lower bound keeps the logarithm finite.
             value.uniform_(0.01, 16.0, generator=generator).log_()
-        elif name.endswith("dt_bias") or name.endswith("linear_attn.norm.weight"):
+        elif name.endswith(("dt_bias", "linear_attn.norm.weight")):
             value.fill_(1.0)
         elif name.endswith("bias"):
             value.zero_()

@@ -1,4 +1,4 @@
-"""What every op promises: shapes, dtypes, what is computed in float32, and how close a kernel must be.
+"""What every op promises: shapes, dtypes, what is float32, and how close a kernel must be.
 
 Ops are functions of tensors passed by keyword. They know shapes, not models; they modify nothing
 unless their name ends in an underscore; they never read the environment. Sequences lie end to end
@@ -65,7 +65,8 @@ class GatedDelta(Protocol):
     sequence; ``gated_delta_chunk`` solves whole chunks and is meant for many. Same result to
     float32 rounding.
     Shapes: q, k [P, U, K], v [P, W, M], g, beta [P, W], state [B, W, K, M] or None for zeros ->
-    (out [P, W, M] float32, final state [B, W, K, M] float32). Value head w uses key head w // (W/U).
+    (out [P, W, M] float32, final state [B, W, K, M] float32). Value head w uses key head
+    w // (W/U).
     """
 
     def __call__(

@@ -5,11 +5,14 @@ read the borders from here; nobody derives them again. Index tables that several
 built once per batch and kept on the object.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,10 @@ class Segments:
 
         return self._cached(("chunks", size), build)
 
-    def _once(self, key: object, build) -> Tensor:  # type: ignore[no-untyped-def]
+    def _once(self, key: object, build: Callable[[], Tensor]) -> Tensor:
         return self._cached(key, lambda: build().to(self.device))
 
-    def _cached(self, key, build):  # type: ignore[no-untyped-def]
+    def _cached(self, key: object, build: Callable[[], Table]) -> Table:
         if key not in self._tables:
             self._tables[key] = build()
-        return self._tables[key]
+        return cast("Table", self._tables[key])

@@ -1,0 +1,51 @@
+# The two commands of the README are `make serve` and `make test`; each installs what it needs.
+# PIP_ARGS goes to pip, for instance to name PyTorch's index of CPU wheels.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8000
+PIP_ARGS ?=
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: serve test setup lint fix types mini clean
+
+serve: $(VENV)/.serve
+	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.dev
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Trains the embedded model again, from the corpora in DATA (see recipes/mini).
+DATA ?= ../shared/data
+mini: $(VENV)/.dev
+	$(BIN)/python -m recipes.mini.train --data $(DATA)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || (echo "qnext needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" && false)
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing qnext into $(VENV) (first time only) ..."
+	$(INSTALL) -e '.[serve]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing qnext and its development tools into $(VENV) (first time only) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

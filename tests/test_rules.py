@@ -1,0 +1,142 @@
+"""The rules of the house: who may import whom, how long a file may be, what import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "qnext"
+
+# Left may import right (beside itself, the standard library and the third-party list).
+MAY_IMPORT = {
+    "__init__": {"config", "engine", "llm", "weights"},
+    "__main__": {"cli"},
+    "config": {"errors"},
+    "errors": set(),
+    "cost": {"config", "errors"},
+    "ops": {"errors"},
+    "model": {"ops", "config", "errors"},
+    "weights": {"model", "ops", "config", "errors"},
+    "text": {"errors"},
+    "engine": {"model", "ops", "config", "cost", "errors"},
+    "llm": {"engine", "model", "text", "weights", "config", "errors"},
+    "serve": {"engine", "text", "weights", "llm", "errors"},
+    "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
+            "doctor", "errors"},
+    "doctor": {"__init__", "ops", "weights", "errors"},
+}  # fmt: skip
+
+# Third-party packages confined to a part of the tree.
+CONFINED = {
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli"},
+    "transformers": set(),
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
+    "msgspec": {"serve"},
+    "jinja2": {"text"},
+    "tokenizers": {"text"},
+    "triton": {"ops"},
+    "fla": {"ops"},
+}
+
+# Inside the engine, policy is written without tensors.
+WITHOUT_TORCH = ["engine/request.py", "engine/blocks.py", "engine/scheduler.py", "config.py",
+                 "cost.py", "errors.py"]  # fmt: skip
+
+MAX_LINES = 700
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(p for folder in folders for p in (ROOT / folder).rglob("*.py"))
+
+
+def area(path: Path) -> str:
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "qnext":
+                found.update(f"qnext.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", python_files("src"), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    mine = area(path)
+    assert mine in MAY_IMPORT, f"{mine} is not in the table of who may import whom"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "qnext":
+            if len(parts) == 1 or parts[1].startswith("_"):
+                target = "__init__"
+            else:
+                target = parts[1]
+            allowed = MAY_IMPORT[mine] | {mine}
+            known = target in MAY_IMPORT
+            assert not known or target in allowed, f"{path.name} ({mine}) may not import {name}"
+        if parts[0] in CONFINED:
+            assert mine in CONFINED[parts[0]], f"{path.name} ({mine}) may not import {parts[0]}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_policy_is_free_of_torch(name: str) -> None:
+    path = SOURCE / name
+    reached = [path]
+    seen = set()
+    while reached:
+        current = reached.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for module in imports(current):
+            assert module.split(".")[0] != "torch", f"{current} imports torch"
+            if module.startswith("qnext."):
+                file = ROOT / "src" / (module.replace(".", "/") + ".py")
+                if file.is_file():
+                    reached.append(file)
+
+
+@pytest.mark.parametrize(
+    "path",
+    python_files("src", "tests", "recipes", "tools"),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path} has {lines} lines; {MAX_LINES} at most"
+
+
+def test_names_say_what_a_file_holds() -> None:
+    banned = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "base"}
+    found = [p for p in python_files("src", "tests", "recipes", "tools") if p.stem in banned]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("qnext", "torch"), ("qnext.cli", "torch"), ("qnext.ops", "triton"), ("qnext.text", "torch")],
+)
+def test_import_is_cheap(module: str, absent: str) -> None:
+    code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_exist() -> None:
+    import qnext
+
+    for name in qnext.__all__:
+        assert getattr(qnext, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = qnext.nothing
