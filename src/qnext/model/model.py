@@ -6,6 +6,7 @@ parameter names are those of the published checkpoints.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MtpHead(config, self.ops) if config.num_mtp_layers else None
+        self.source_folder: Path | None = None
+        """Folder the weights were read from; saving copies its tokenizer files along."""
 
     @property
     def device(self) -> torch.device:
