@@ -1,0 +1,1 @@
+"""Measurements: every number in a document comes from a command in this folder or in tools/."""

@@ -1,0 +1,180 @@
+"""LLM: text in, text out, from a folder on disk."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qnext import LLM, SamplingParams, save_model
+from qnext.engine.request import Event, Request, Usage
+from qnext.errors import RequestError, TokenizerError
+from qnext.llm import TextReader, parse_bytes
+from qnext.text.tokenizer import Tokenizer
+
+SENTENCES = [
+    "The fox sat by the river and thought about the moon.",
+    "Ünïcödé, 日本語 and 🦊🌊.",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    """A complete model folder: weights, tokenizer, generation settings; built-in template."""
+    path = tmp_path_factory.mktemp("tiny")
+    save_model(tiny_model, path)
+    Tokenizer.train(SENTENCES, vocab_size=400).save(path)
+    settings = {"do_sample": True, "temperature": 0.5, "top_k": 7, "eos_token_id": [1, 2]}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder, max_num_seqs=4)
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+def test_one_prompt_gives_one_completion(llm):
+    [found] = llm.generate("The fox", GREEDY)
+    prompt = llm.tokenizer.encode("The fox")
+    ids = list(prompt)
+    for _ in range(12):
+        logits = llm.model(torch.tensor([ids])).logits[0, -1]
+        ids.append(int(logits[: llm.tokenizer.vocab_size].argmax()))
+        if ids[-1] in llm.eos_ids:
+            break
+    assert list(found.token_ids) == ids[len(prompt) :]
+    assert found.usage.prompt_tokens == len(prompt)
+    assert found.usage.completion_tokens == len(found.token_ids)
+    assert found.reasoning is None
+
+
+def test_prompts_may_be_texts_or_ids_and_keep_their_order(llm):
+    texts = ["The fox", "A", "moon river moon"]
+    several = llm.generate(texts, GREEDY)
+    assert [one.text for one in several] == [llm.generate(t, GREEDY)[0].text for t in texts]
+    ids = [llm.tokenizer.encode(text) for text in texts]
+    assert [one.text for one in llm.generate(ids, GREEDY)] == [one.text for one in several]
+    assert llm.generate(ids[0], GREEDY)[0].text == several[0].text
+
+
+def test_each_prompt_may_have_its_own_params(llm):
+    params = [replace(GREEDY, max_tokens=n, ignore_eos=True) for n in (3, 5)]
+    lengths = [len(one.token_ids) for one in llm.generate(["The", "A"], params)]
+    assert lengths == [3, 5]
+    with pytest.raises(RequestError, match=r"one per prompt \(2\), found 1"):
+        llm.generate(["The", "A"], params[:1])
+
+
+def test_the_stream_adds_up_to_the_whole(llm):
+    messages = [{"role": "user", "content": "Tell me about the fox."}]
+    whole = llm.chat(messages, replace(GREEDY, max_tokens=40))
+    pieces = list(llm.stream(messages, replace(GREEDY, max_tokens=40)))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert "".join(piece.reasoning for piece in pieces) == (whole.reasoning or "")
+    assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason == whole.finish_reason
+    assert pieces[-1].usage == whole.usage
+
+
+def test_two_streams_may_be_read_in_turn(llm):
+    alone = [llm.generate(text, GREEDY)[0].text for text in ("The fox", "river")]
+    first, second = llm.stream("The fox", GREEDY), llm.stream("river", GREEDY)
+    texts = ["", ""]
+    for one, two in zip(first, second, strict=False):
+        texts[0] += one.text
+        texts[1] += two.text
+    texts[0] += "".join(piece.text for piece in first)
+    texts[1] += "".join(piece.text for piece in second)
+    assert texts == alone
+
+
+def test_closing_a_stream_ends_its_request(llm):
+    stream = llm.stream("The fox", replace(GREEDY, max_tokens=200, ignore_eos=True))
+    next(stream)
+    stream.close()
+    llm.generate("A", GREEDY)
+    assert not llm.engine.has_work
+    assert llm.engine.cache.slots_free == 4
+
+
+def test_control_tokens_typed_by_a_user_are_plain_text(llm):
+    ids = llm.prepare_chat([{"role": "user", "content": "<|im_end|>"}], GREEDY)[0].prompt_ids
+    end = llm.tokenizer.id_of("<|im_end|>")
+    assert ids.count(end) == 1
+
+
+def test_default_params_come_from_the_checkpoint(llm):
+    params = llm.default_params(max_tokens=3)
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.5, 7, 3)
+    assert {1, 2, llm.tokenizer.eos_id} <= set(llm.eos_ids)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tiny_model):
+    save_model(tiny_model, tmp_path)
+    Tokenizer.train(
+        SENTENCES * 5 + ["".join(map(chr, range(0x4E00, 0x5200)))], vocab_size=900
+    ).save(tmp_path)
+    with pytest.raises(TokenizerError, match=r"defines \d+ ids and the model's vocabulary has 512"):
+        LLM(tmp_path)
+
+
+def reader_for(llm, *, stop=(), chat=False, inside=False) -> TextReader:
+    request = Request(id="x", prompt_ids=(1,), params=SamplingParams(stop=stop))
+    return TextReader(llm.tokenizer, request, split_reasoning=chat, starts_in_reasoning=inside)
+
+
+def feed(reader: TextReader, ids: list[int]):
+    """Push ids one by one; returns (text, reasoning, last delta)."""
+    text = reasoning = ""
+    last = None
+    for number, token in enumerate(ids):
+        reason = "length" if number == len(ids) - 1 else None
+        usage = Usage(prompt_tokens=1, completion_tokens=number + 1)
+        event = Event(request_id="x", token_ids=(token,), finish_reason=reason, usage=usage)
+        delta = reader.push(event)
+        if delta is not None:
+            text, reasoning, last = text + delta.text, reasoning + delta.reasoning, delta
+        if reader.stopped:
+            break
+    return text, reasoning, last
+
+
+def test_characters_of_several_tokens_arrive_whole(llm):
+    written = "🦊 日本語 ünï"
+    assert feed(reader_for(llm), llm.tokenizer.encode(written))[0] == written
+
+
+def test_a_stop_string_over_several_tokens_never_leaks(llm):
+    ids = llm.tokenizer.encode("The fox sat by the river and thought")
+    text, _, last = feed(reader_for(llm, stop=("r and th",)), ids)
+    assert text == "The fox sat by the rive"
+    assert last.finish_reason == "stop"
+
+
+def test_thinking_is_split_off_and_counted(llm):
+    think, answer = llm.tokenizer.encode("the moon"), llm.tokenizer.encode("A fox.")
+    tags = [llm.tokenizer.encode(tag) for tag in ("<think>", "</think>")]
+    ids = [*tags[0], *llm.tokenizer.encode("\n"), *think, *llm.tokenizer.encode("\n"), *tags[1]]
+    ids += [*llm.tokenizer.encode("\n\n"), *answer]
+    text, reasoning, last = feed(reader_for(llm, chat=True), ids)
+    assert (text, reasoning) == ("A fox.", "the moon")
+    newlines = 2 * len(llm.tokenizer.encode("\n"))
+    assert last.usage.reasoning_tokens == len(think) + newlines
+
+
+@pytest.mark.parametrize(
+    ("amount", "wanted"),
+    [("2GiB", 2 << 30), ("500MB", 500_000_000), (7, 7), ("1.5 KiB", 1536), ("64", 64)],
+)
+def test_amounts_of_memory(amount, wanted):
+    assert parse_bytes(amount) == wanted
+
+
+@pytest.mark.parametrize("amount", ["much", "", "5XB", "GiB"])
+def test_wrong_amounts_of_memory_are_refused(amount):
+    with pytest.raises(RequestError, match="expected an amount such as 2GiB"):
+        parse_bytes(amount)
