@@ -8,7 +8,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test setup lint fix types mini clean
+.PHONY: serve test setup lint fix mini tables measure clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
@@ -31,6 +31,15 @@ fix: $(VENV)/.dev
 DATA ?= ../shared/data
 mini: $(VENV)/.dev
 	$(BIN)/python -m recipes.mini.train --data $(DATA)
+
+# Writes the tables of README.md from docs/results; `make measure` measures them again first.
+tables: $(VENV)/.dev
+	$(BIN)/python -m tools.tables
+
+measure: $(VENV)/.dev
+	$(BIN)/python -m tools.measure_parity
+	$(BIN)/python -m benchmarks.against_transformers
+	$(BIN)/python -m tools.tables
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
