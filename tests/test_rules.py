@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "llm": {"engine", "model", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "errors"},
-    "doctor": {"__init__", "ops", "weights", "errors"},
+            "doctor", "info", "terminal_chat", "errors"},
+    "info": {"__init__", "weights", "config", "cost", "errors"},
+    "terminal_chat": {"engine", "llm", "errors"},
+    "doctor": {"__init__", "model", "weights", "ops", "config", "errors"},
 }  # fmt: skip
 
 # Third-party packages confined to a part of the tree.

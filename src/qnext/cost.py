@@ -87,6 +87,11 @@ def number_bytes(dtype: str) -> float:
     return BYTES[dtype]
 
 
+def cache_dtype(dtype: str) -> str:
+    """Dtype of keys and values beside weights of this dtype: ``fp8`` weights keep bfloat16."""
+    return "bfloat16" if dtype == "fp8" else dtype
+
+
 # -- parameters --------------------------------------------------------------------------------
 
 
@@ -240,14 +245,14 @@ class DecodeBytes:
 
 
 def decode_bytes(config: ModelConfig, dtype: str = "bfloat16", *, context: int) -> DecodeBytes:
-    """Memory traffic of one decoded token; ``fp8`` weights come with bfloat16 keys and values."""
-    cache_dtype = "bfloat16" if dtype == "fp8" else dtype
+    """Memory traffic of one decoded token."""
     weights = sum(w.used * w.nbytes(dtype) for w in _main(config))
-    weights += config.hidden_size * number_bytes(cache_dtype)
-    state = state_bytes_per_sequence(config) + conv_bytes_per_sequence(config, cache_dtype)
+    cache = cache_dtype(dtype)
+    weights += config.hidden_size * number_bytes(cache)
+    state = state_bytes_per_sequence(config) + conv_bytes_per_sequence(config, cache)
     return DecodeBytes(
         weights=round(weights),
-        kv=kv_bytes_per_token(config, cache_dtype) * context,
+        kv=kv_bytes_per_token(config, cache) * context,
         state=2 * state,
     )
 

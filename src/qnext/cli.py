@@ -1,0 +1,299 @@
+"""The command line: ``qnext generate | chat | serve | info | doctor``.
+
+Parsing and dispatch only. Heavy imports stand inside the commands, so that ``--help`` and mistakes
+in arguments are answered at once. An error meant for the user is its message on stderr and exit
+status 2; ``QNEXT_TRACEBACK=1`` shows where it came from.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnext import __version__
+from qnext.errors import QnextError, RequestError
+
+if TYPE_CHECKING:
+    from qnext.engine.request import SamplingParams
+    from qnext.llm import LLM
+
+EMBEDDED = "qnext-mini"
+FAILED, INTERRUPTED = 2, 128 + signal.SIGINT
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return FAILED
+    try:
+        status = COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
+    except QnextError as error:
+        if os.environ.get("QNEXT_TRACEBACK") == "1":
+            raise
+        print(error, file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`qnext info | head`). Python would complain again when it flushes
+        # at exit, so what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    prompt = _read_prompt(arguments)
+    llm = _load(arguments)
+    params = _sampling(llm, arguments, max_tokens=arguments.max_tokens)
+    if arguments.json:
+        [completion] = llm.generate(prompt, params)
+        result = {
+            "text": completion.text,
+            "token_ids": list(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "usage": completion.usage.as_dict(),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    for delta in llm.stream(prompt, params):
+        print(delta.text, end="", flush=True)
+    print()
+    return 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Talk with a model in the terminal."""
+    from qnext.terminal_chat import TerminalChat
+
+    llm = _load(arguments)
+    talk = TerminalChat(
+        llm,
+        _sampling(llm, arguments, max_tokens=arguments.max_tokens),
+        system=arguments.system,
+        enable_thinking=arguments.thinking,
+    )
+    return talk.run(sys.stdin, sys.stdout)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve a model and a chat page over HTTP."""
+    try:
+        from qnext.serve.server import listen, serve
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"qnext serve needs the package {error.name}, which is not installed. Install it with "
+            "pip install 'qnext[serve]', or run `make serve`."
+        ) from error
+    # The port is taken before the model is loaded: a busy port is said at once.
+    with listen(arguments.host, arguments.port) as socket:
+        llm = _load(
+            arguments,
+            max_num_seqs=arguments.max_num_seqs,
+            max_batch_tokens=arguments.max_batch_tokens,
+        )
+        return serve(llm, socket)
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Print what a model is made of and what it costs."""
+    from qnext.info import describe, read_model, render
+
+    found = describe(*read_model(arguments.model), arguments.dtype)
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what this machine offers and what is in the way."""
+    from qnext.doctor import as_json, examine, is_fine, render
+
+    checks = examine()
+    print(json.dumps(as_json(checks), indent=2) if arguments.json else render(checks))
+    return 0 if is_fine(checks) else 1
+
+
+COMMANDS = {
+    "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
+}  # fmt: skip
+
+
+# -- models and prompts ------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
+    if arguments.threads is not None:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    from qnext.llm import LLM
+
+    return LLM(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        memory=arguments.memory,
+        max_model_len=arguments.max_context,
+        **options,
+    )
+
+
+def _sampling(
+    llm: "LLM", arguments: argparse.Namespace, *, max_tokens: int | None
+) -> "SamplingParams":
+    """The checkpoint's own settings, with those that were given on the command line."""
+    given = {
+        name: getattr(arguments, name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "seed")
+        if getattr(arguments, name) is not None
+    }
+    return llm.default_params(max_tokens=max_tokens, stop=tuple(arguments.stop), **given)
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str:
+    source = arguments.prompt_file
+    if arguments.prompt is not None and arguments.prompt != "-":
+        return arguments.prompt
+    try:
+        if arguments.prompt == "-" or source == "-":
+            source = "standard input"
+            raw = sys.stdin.buffer.read()
+        else:
+            raw = Path(source).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise RequestError(f"--prompt-file {source}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{source}: the prompt is not UTF-8 text ({error}).") from error
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="qnext", description="Qwen3-Next, complete: run it, serve it, look into it."
+    )
+    parser.add_argument("--version", action="version", version=f"qnext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    one = _command(commands, "generate", "continue a prompt")
+    _add_loading(one)
+    prompt = one.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file to continue; - reads stdin")
+    _add_sampling(one, max_tokens=256)
+    one.add_argument("--json", action="store_true", help="print one JSON object, when finished")
+
+    one = _command(commands, "chat", "talk with a model in the terminal")
+    _add_loading(one)
+    one.add_argument("--system", metavar="TEXT", help="system message")
+    one.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="let the model think before it answers, or not (default: as the model does)",
+    )
+    _add_sampling(one, max_tokens=None)
+
+    one = _command(commands, "serve", "serve a model and a chat page over HTTP")
+    _add_loading(one)
+    one.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    one.add_argument("--port", type=_port, default=8000, help="0 chooses a free one (%(default)s)")
+    one.add_argument(
+        "--max-num-seqs", type=_positive, default=16, metavar="N",
+        help="requests that run at the same time (default: %(default)s)",
+    )  # fmt: skip
+    one.add_argument(
+        "--max-batch-tokens", type=_positive, default=2048, metavar="N",
+        help="tokens of one step, prompts and answers together (default: %(default)s)",
+    )  # fmt: skip
+
+    one = _command(commands, "info", "what a model is made of and what it costs")
+    _add_model(one, "model folder, config.json, or embedded name")
+    one.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32", "fp8"),
+        help="dtype the bytes are counted for (default: %(default)s)",
+    )
+    one.add_argument("--json", action="store_true", help="print one JSON object")
+
+    one = _command(commands, "doctor", "what this machine offers and what is in the way")
+    one.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+
+
+def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, metavar="MODEL", help=f"{what} (default: {EMBEDDED})"
+    )
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "model folder or embedded name")
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="dtype of the weights in memory (default: as config.json says)",
+    )
+    group.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    group.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
+    group.add_argument(
+        "--memory", default="1GiB", metavar="AMOUNT",
+        help="room for keys, values and states, such as 512MiB (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-context", type=_positive, metavar="N",
+        help="tokens of prompt and answer together (default: the model's limit)",
+    )  # fmt: skip
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    group = parser.add_argument_group("sampling", "left out: what generation_config.json says")
+    left_out = "until the context is full" if max_tokens is None else str(max_tokens)
+    group.add_argument(
+        "--max-tokens", type=_positive, default=max_tokens, metavar="N",
+        help=f"most tokens to generate (default: {left_out})",
+    )  # fmt: skip
+    group.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token")
+    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--top-k", type=int, metavar="N")
+    group.add_argument("--min-p", type=float, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, found {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
