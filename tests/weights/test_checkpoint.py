@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qnext
 from qnext.config import ModelConfig
-from qnext.errors import CheckpointError
+from qnext.errors import CheckpointError, ConfigError
 from qnext.weights.checkpoint import (
     checkpoint_index,
     embedded_models,
@@ -147,9 +147,11 @@ class TestMtp:
         assert "num_nextn_predict_layers = 0, the weights have 1" in caplog.text
 
         main = {name: t for name, t in tensors.items() if not name.startswith("mtp.")}
-        says_one = {**NEXT, "num_nextn_predict_layers": 1}
-        model = load_model(write_folder(tmp_path / "b", says_one, main))
+        says_one = {**NEXT, "mtp_num_hidden_layers": 1}
+        with caplog.at_level(logging.WARNING):
+            model = load_model(write_folder(tmp_path / "b", says_one, main))
         assert model.mtp is None
+        assert "mtp_num_hidden_layers = 1, the weights have 0" in caplog.text
         save_model(model, tmp_path / "c")
         assert ModelConfig.from_file(tmp_path / "c").num_mtp_layers == 0
 
@@ -344,6 +346,15 @@ class TestSaving:
         assert sorted(tmp_path.rglob("*")) == before
         if exists:
             assert_same_bits(load_model(tmp_path / "m").state_dict(), old.state_dict())
+
+    def test_a_save_that_stops_halfway_does_not_look_like_a_model(self, tmp_path):
+        """Its new config.json would come last, and the old one is gone."""
+        save_model(random_model(DENSE, seed=1), tmp_path / "m", max_shard_bytes=20_000)
+        (tmp_path / "m" / "model.safetensors").mkdir()  # cannot be replaced by a file
+        with pytest.raises(CheckpointError, match="m could not be written: Is a directory"):
+            save_model(random_model(DENSE), tmp_path / "m")
+        with pytest.raises(ConfigError, match=r"config\.json is not there"):
+            load_model(tmp_path / "m")
 
     def test_bad_targets_are_refused(self, tmp_path):
         (tmp_path / "file").write_text("")

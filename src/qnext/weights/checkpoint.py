@@ -64,6 +64,7 @@ _log = logging.getLogger(__name__)
 _COPY_BYTES = 8 * 2**20
 _PROGRESS_BYTES = 2 * 10**9
 _COPIED_ALONG_BYTES = 64 * 2**20
+_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Weights of an earlier save, which must not outlive it."""
 _WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -175,11 +176,11 @@ def _as_loaded(
 ) -> ModelConfig:
     """The config of what will be in memory: MTP as found, dtype as asked, nothing quantised."""
     found = count_mtp_layers(infos)
-    key = "num_nextn_predict_layers"
-    if key in config.source and found != config.num_mtp_layers:
+    says = [key for key in _MTP_KEYS if key in config.source]
+    if says and found != config.num_mtp_layers:
         _log.warning(
             "%s: config.json says %s = %d, the weights have %d; the weights are right.",
-            folder, key, config.num_mtp_layers, found,
+            folder, says[0], config.num_mtp_layers, found,
         )  # fmt: skip
     tied = config.tie_word_embeddings
     if tied and not _head_is_embedding(infos):
