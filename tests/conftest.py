@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from qnext.config import ModelConfig
+
+# A time limit per example would make results depend on how busy the machine is.
+settings.register_profile("qnext", deadline=None)
+settings.load_profile("qnext")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

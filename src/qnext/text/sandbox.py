@@ -7,16 +7,17 @@ of steps, so that it always ends. Memory is bounded only through that budget.
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from datetime import datetime
 from types import TracebackType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import LoopControlExtension
-from jinja2.filters import FILTERS
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.filters import sync_do_slice
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qnext.errors import TemplateError
 
@@ -122,8 +123,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @pass_context
     def _slice(self, context: Any, value: Any, slices: int, fill_with: Any = None) -> Any:
-        self.steps.take(slices)
-        return FILTERS["slice"](value, slices, fill_with)
+        self.steps.take(max(slices, 0))
+        return sync_do_slice(value, slices, fill_with)
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.steps.take(10)
@@ -141,7 +142,7 @@ def _product_size(left: Any, right: Any) -> int:
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() + right.bit_length()
     for sequence, count in ((left, right), (right, left)):
-        if isinstance(count, int) and hasattr(sequence, "__len__"):
+        if isinstance(count, int) and isinstance(sequence, Sized):
             return len(sequence) * max(count, 0)
     return 0
 
