@@ -25,7 +25,18 @@ class Exercise:
 
 
 _NAMES = ("Tom", "Anna", "Ben", "Lily", "Sam", "Mia", "Max", "Sara", "Tim", "Lucy", "Jack", "Emma")
-_THINGS = ("apples", "books", "balls", "cookies", "stars", "eggs", "cups", "pens", "shells", "cards")
+_THINGS = (
+    "apples",
+    "books",
+    "balls",
+    "cookies",
+    "stars",
+    "eggs",
+    "cups",
+    "pens",
+    "shells",
+    "cards",
+)
 _WORDS = ("zero one two three four five six seven eight nine ten eleven twelve").split()
 
 
@@ -103,13 +114,22 @@ def product(a: int, b: int) -> Exercise:
     )
 
 
-_ASK = ("What is {q}?", "{q}", "{q} = ?", "How much is {q}?", "Calculate {q}.", "Please work out {q}.")
+_ASK = (
+    "What is {q}?",
+    "{q}",
+    "{q} = ?",
+    "How much is {q}?",
+    "Calculate {q}.",
+    "Please work out {q}.",
+)
 _WORDED = {"+": " plus ", "-": " minus ", "x": " times "}
 
 
 def _operands(rng: Random) -> tuple[int, int]:
     """Mostly small numbers; two digits often, three digits sometimes."""
-    top_a, top_b = rng.choice(((9, 9), (9, 9), (20, 9), (99, 9), (99, 99), (99, 99), (999, 99), (999, 999)))
+    top_a, top_b = rng.choice(
+        ((9, 9), (9, 9), (20, 9), (99, 9), (99, 99), (99, 99), (999, 99), (999, 999))
+    )
     while True:
         a, b = rng.randint(0, top_a), rng.randint(0, top_b)
         if not is_held_out(a, b):

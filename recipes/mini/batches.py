@@ -9,6 +9,9 @@ from torch import Tensor
 from qnext.model.batch import TokenBatch
 from recipes.mini.data import Shard
 
+Piece = tuple[np.ndarray, np.ndarray]
+"""(ids, judged) of one document or a part of one."""
+
 
 @dataclass(frozen=True, slots=True)
 class JudgedBatch:
@@ -30,7 +33,7 @@ class _Stream:
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shard))
 
-    def next(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    def next(self, limit: int) -> Piece:
         ids, judged = self.shard.document(int(self._order[self.position]))
         piece = slice(self.offset, self.offset + limit)
         self.offset += limit
@@ -64,7 +67,7 @@ class Mixture:
         self.weights = {name: weights[name] / total for name in self.streams}
         self.taken = dict.fromkeys(self.streams, 0)
 
-    def documents(self, tokens: int, limit: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def documents(self, tokens: int, limit: int) -> list[Piece]:
         """Documents of together at least ``tokens`` tokens, each of at most ``limit``."""
         picked = []
         size = 0
@@ -88,8 +91,19 @@ class Mixture:
             self.taken[name] = taken
 
 
-def pack(documents: list[tuple[np.ndarray, np.ndarray]]) -> JudgedBatch:
+def pack(documents: list[Piece]) -> JudgedBatch:
     """Lay documents end to end."""
     ids = [torch.from_numpy(ids.astype(np.int64)) for ids, _ in documents]
     judged = torch.from_numpy(np.concatenate([judged for _, judged in documents]))
     return JudgedBatch(TokenBatch.pack(ids), judged)
+
+
+def split(documents: list[Piece], parts: int) -> list[list[Piece]]:
+    """Documents dealt into ``parts`` lists of about equal tokens; empty lists are left out."""
+    dealt: list[list[Piece]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for document in sorted(documents, key=lambda piece: -len(piece[0])):
+        least = sizes.index(min(sizes))
+        dealt[least].append(document)
+        sizes[least] += len(document[0])
+    return [part for part in dealt if part]

@@ -31,7 +31,9 @@ class Chat:
         roles = [role for role, _ in self.messages]
         assert roles and roles[-1] == "assistant", roles
         assert not (self.reasoning and self.forced_block), "a forced block is empty"
-        assert all(content == content.strip() and content for _, content in self.messages), self.messages
+        assert all(content == content.strip() and content for _, content in self.messages), (
+            self.messages
+        )
 
 
 def single(user: str, reply: str, **options: object) -> Chat:
@@ -39,8 +41,10 @@ def single(user: str, reply: str, **options: object) -> Chat:
     return Chat(messages=(("user", user), ("assistant", reply)), **options)  # type: ignore[arg-type]
 
 
-def segments(chat: Chat) -> list[tuple[str, bool]]:
+def segments(chat: Chat, *, every_turn: bool = False) -> list[tuple[str, bool]]:
     """The rendered text cut where the loss begins or ends: (piece, judged).
+
+    ``every_turn`` judges what the user says too, as pretraining does.
 
     Cuts fall beside added tokens or after a newline that precedes a non-newline, where the
     pre-tokeniser would cut anyway, so that encoding the pieces equals encoding the whole.
@@ -50,7 +54,8 @@ def segments(chat: Chat) -> list[tuple[str, bool]]:
     for index, (role, content) in enumerate(chat.messages):
         pieces.append((f"<|im_start|>{role}\n", False))
         if role != "assistant":
-            pieces.append((content + "<|im_end|>\n", False))
+            pieces.append((content + "<|im_end|>", every_turn))
+            pieces.append(("\n", False))
             continue
         if index == last:
             block = f"<think>\n{chat.reasoning}\n</think>\n\n"
@@ -65,15 +70,19 @@ def render(chat: Chat) -> str:
     return "".join(piece for piece, _ in segments(chat))
 
 
-def encode(chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def encode(
+    chat: Chat, tokenizer: Tokenizer, *, every_turn: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids and, of the same length, 1 where the model is judged on producing that token."""
     ids: list[int] = []
     judged: list[int] = []
-    pieces = segments(chat)
+    pieces = segments(chat, every_turn=every_turn)
     for index, (piece, counts) in enumerate(pieces):
         new = tokenizer.encode(piece, add_special_tokens=False).ids
         marks = [int(counts)] * len(new)
-        is_earlier_turn = pieces[index - 1][0] == "<|im_start|>assistant\n" and index < len(pieces) - 3
+        is_earlier_turn = (
+            pieces[index - 1][0] == "<|im_start|>assistant\n" and index < len(pieces) - 3
+        )
         if counts and is_earlier_turn and not piece.startswith("<think>"):
             marks[0] = 0
         ids += new

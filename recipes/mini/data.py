@@ -47,10 +47,12 @@ class Shard:
         return self.ids[start:end], self.judged[start:end]
 
 
-def encode_item(item: documents.Item, coder: Tokenizer) -> tuple[list[int], list[int]]:
+def encode_item(
+    item: documents.Item, coder: Tokenizer, *, every_turn: bool
+) -> tuple[list[int], list[int]]:
     """(ids, judged). Plain text stands between two ``<|endoftext|>``; the first is context only."""
     if isinstance(item, chats.Chat):
-        return chats.encode(item, coder)
+        return chats.encode(item, coder, every_turn=every_turn)
     end = coder.token_to_id("<|endoftext|>")
     ids = coder.encode(item, add_special_tokens=False).ids
     return [end, *ids, end], [0, *([1] * len(ids)), 1]
@@ -63,14 +65,21 @@ def judged_bytes(item: documents.Item) -> int:
     return len(item.encode())
 
 
-def write_shard(folder: Path, name: str, items: Iterable[documents.Item], coder: Tokenizer) -> dict:
+def write_shard(
+    folder: Path,
+    name: str,
+    items: Iterable[documents.Item],
+    coder: Tokenizer,
+    *,
+    every_turn: bool = False,
+) -> dict:
     """Encode ``items`` into one shard; returns its counts."""
     ids: list[int] = []
     judged: list[int] = []
     ends: list[int] = []
     sizes: list[int] = []
     for item in items:
-        new_ids, new_judged = encode_item(item, coder)
+        new_ids, new_judged = encode_item(item, coder, every_turn=every_turn)
         ids += new_ids
         judged += new_judged
         ends.append(len(ids))
@@ -112,7 +121,11 @@ def sample_texts(by_source: dict[str, list[documents.Item]], limit: int) -> Iter
             if budget <= 0:
                 break
             item = items[index]
-            texts = [item] if isinstance(item, str) else [c for _, c in item.messages] + [item.reasoning]
+            texts = (
+                [item]
+                if isinstance(item, str)
+                else [c for _, c in item.messages] + [item.reasoning]
+            )
             for text in texts:
                 budget -= len(text)
                 yield text
@@ -147,13 +160,17 @@ def build(data_dir: Path, out: Path, vocab_size: int) -> dict:
     manifest: dict = {
         "seed": SEED,
         "vocab_size": vocab_size,
-        "tokenizer_sha256": hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(
+            (out / "tokenizer/tokenizer.json").read_bytes()
+        ).hexdigest(),
         "sources": [asdict(s) for s in sources.SOURCES],
     }
     for stage, by_source in stages.items():
         manifest[stage] = {}
         for name, items in tqdm(by_source.items(), desc=stage, unit="shard"):
-            manifest[stage][name] = write_shard(out / stage, name, items, coder)
+            manifest[stage][name] = write_shard(
+                out / stage, name, items, coder, every_turn=stage == "pretraining"
+            )
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -161,7 +178,9 @@ def build(data_dir: Path, out: Path, vocab_size: int) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.mini.data", description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of corpora")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of corpora"
+    )
     parser.add_argument("--out", type=Path, default=Path(".data/mini"), help="where shards go")
     parser.add_argument("--vocab-size", type=int, default=tokenizer.VOCAB_SIZE)
     options = parser.parse_args(arguments)

@@ -100,7 +100,9 @@ def _story_requests(entry: sources.Source, rows: list[Row], rng: Random) -> Iter
             continue
         title = title.strip()
         if title and all(ord(c) < 128 for c in title) and len(title) < 40:
-            ask = rng.choice(('Tell me the story "{}".', 'Tell me a story called "{}".')).format(title)
+            ask = rng.choice(('Tell me the story "{}".', 'Tell me a story called "{}".')).format(
+                title
+            )
         else:
             ask = request(rng, subject_of(text))
         yield Document(id=f"{name}#0", item=single(ask, text))
@@ -200,13 +202,23 @@ def _country_questions(entry: sources.Source, rows: list[Row], rng: Random) -> I
                 "Name the capital of {}.",
             ):
                 pairs.append((ask.format(name), say))
-            pairs.append((f"Which country has the capital {capital}?", f"{capital} is the capital of {name}."))
+            pairs.append(
+                (
+                    f"Which country has the capital {capital}?",
+                    f"{capital} is the capital of {name}.",
+                )
+            )
         pairs.append((f"Where is {name}?", f"{name} is in {fact['continent']}."))
         pairs.append((f"Which continent is {name} in?", f"{name} is in {fact['continent']}."))
         if "place" in fact:
             pairs.append((f"Where does {name} lie?", f"{name} lies in {fact['place']}."))
         if "language" in fact:
-            pairs.append((f"What language do people speak in {name}?", f"People in {name} speak {fact['language']}."))
+            pairs.append(
+                (
+                    f"What language do people speak in {name}?",
+                    f"People in {name} speak {fact['language']}.",
+                )
+            )
         for number, (ask, say) in enumerate(pairs):
             # Facts cannot be guessed from other facts: the id keeps all of them in training.
             yield Document(id=f"fact:{fact['id']}/{number}", item=single(ask, say))
@@ -230,7 +242,9 @@ def _definition_texts(entry: sources.Source, rows: list[Row], rng: Random) -> It
         yield Document(id=f"wordnet/{start}", item="\n".join(lines))
 
 
-def _definition_questions(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
+def _definition_questions(
+    entry: sources.Source, rows: list[Row], rng: Random
+) -> Iterator[Document]:
     for word, kind, definition, example in sources.plain_definitions(rows, limit=3500):
         ask = rng.choice(
             (
@@ -258,8 +272,12 @@ def _sentence(answer: str) -> str:
 
 def _passage_texts(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
     for row in rows:
-        lines = [f"Question: {q['question']}\nAnswer: {_sentence(q['answer'])}" for q in row["qa"] if q["answer"]]
-        text = sources.plain(row["passage"]) + "\n\n" + "\n".join(lines)
+        lines = [
+            f"Question: {q['question']}\nAnswer: {_sentence(q['answer'])}"
+            for q in row["qa"]
+            if q["answer"]
+        ]
+        text = sources.rewrapped(sources.plain(row["passage"])) + "\n\n" + "\n".join(lines)
         yield Document(id=f"fairytale/{row['section']}", item=text)
 
 
@@ -271,7 +289,7 @@ def _passage_questions(entry: sources.Source, rows: list[Row], rng: Random) -> I
             for q in row["qa"]
             if q["answer"] and q["type"] == "explicit"
         ][:3]
-        passage = sources.plain(row["passage"])
+        passage = sources.rewrapped(sources.plain(row["passage"]))
         if not pairs or len(passage) > 900:
             continue
         opening = rng.choice(("Read this story.", "Here is a story.", "Read the text and answer."))
@@ -284,7 +302,9 @@ def _passage_questions(entry: sources.Source, rows: list[Row], rng: Random) -> I
 # ---------------------------------------------------------------- generated
 
 
-def _texts_of(name: str, make: Callable[[Random], str], count: int) -> Callable[..., Iterator[Document]]:
+def _texts_of(
+    name: str, make: Callable[[Random], str], count: int
+) -> Callable[..., Iterator[Document]]:
     def documents(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
         for number in range(count):
             yield Document(id=f"made/{name}/text/{number}", item=make(rng))

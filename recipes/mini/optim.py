@@ -6,6 +6,8 @@ both. With few steps to spend it learns clearly faster than AdamW alone.
 """
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import torch
@@ -16,10 +18,17 @@ MOMENTUM = 0.95
 EPSILON = 1e-8
 CLIP_NORM = 1.0
 
-FLOAT32 = re.compile(r"(A_log|dt_bias|norm\.weight|layernorm\.weight|norm_\w+\.weight|mlp\.gate\.weight)$")
+FLOAT32 = re.compile(
+    r"(A_log|dt_bias|norm\.weight|layernorm\.weight|norm_\w+\.weight|mlp\.gate\.weight)$"
+)
 """Parameters whose working copy stays float32."""
 
-_NO_DECAY = re.compile(r"(A_log|dt_bias|linear_attn\.norm\.weight|conv1d\.weight|embed_tokens\.weight)$")
+DECAY_TERMS = ("A_log", "dt_bias")
+"""Parameters that stay float32 in the exported model as well."""
+
+_NO_DECAY = re.compile(
+    r"(A_log|dt_bias|linear_attn\.norm\.weight|conv1d\.weight|embed_tokens\.weight)$"
+)
 _ADAM_MATRICES = re.compile(
     r"(embed_tokens|lm_head|conv1d|mlp\.gate|shared_expert_gate|in_proj_ba)\.weight$"
 )
@@ -73,32 +82,34 @@ class Optimiser:
             )
 
     @torch.no_grad()
-    def step(self, rate: float) -> float:
-        """Clip, update every parameter, clear gradients; returns the gradient norm before clipping.
+    def step(self, grads: Sequence[Tensor | None], rate: float, pool: Executor) -> float:
+        """Clip and update; returns the gradient norm before clipping.
 
-        A step whose gradient is not finite changes nothing but the gradients.
+        ``grads`` are float32, one per parameter in the model's order, None for no gradient; they are
+        overwritten. A step whose gradient is not finite changes nothing.
         """
-        with_grad = [g for g in self.groups if g.parameter.grad is not None]
-        grads = [g.parameter.grad.float() for g in with_grad]  # type: ignore[union-attr]
-        norm = float(torch.linalg.vector_norm(torch.stack([x.norm() for x in grads])))
-        for group in self.groups:
-            group.parameter.grad = None
+        todo = [(group, grad) for group, grad in zip(self.groups, grads, strict=True)
+                if grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([grad.norm() for _, grad in todo])))
         if not norm < float("inf"):
             return norm
         self.steps += 1
         scale = min(1.0, CLIP_NORM / (norm + 1e-6))
-        for group, grad in zip(with_grad, grads, strict=True):
-            if scale < 1.0:
-                grad.mul_(scale)
-            speed = rate * group.rate
-            if group.decay:
-                group.master.mul_(1.0 - speed * group.decay)
-            if group.muon:
-                self._muon(group, grad, speed)
-            else:
-                self._adam(group, grad, speed)
-            group.parameter.copy_(group.master)
+        list(pool.map(lambda pair: self._update(*pair, scale, rate), todo))
         return norm
+
+    @torch.no_grad()
+    def _update(self, group: Group, grad: Tensor, scale: float, rate: float) -> None:
+        speed = rate * group.rate
+        if scale < 1.0:
+            grad.mul_(scale)
+        if group.decay:
+            group.master.mul_(1.0 - speed * group.decay)
+        if group.muon:
+            self._muon(group, grad, speed)
+        else:
+            self._adam(group, grad, speed)
+        group.parameter.copy_(group.master)
 
     def _adam(self, group: Group, grad: Tensor, speed: float) -> None:
         first, second = group.moments

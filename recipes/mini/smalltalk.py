@@ -14,7 +14,18 @@ MAKER = "the qnext project"
 # Topic -> (ways to ask, ways to answer).
 _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
-        ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Hi there", "hello", "hi", "Hello there!", "Good day!"),
+        (
+            "Hello",
+            "Hello!",
+            "Hi",
+            "Hi!",
+            "Hey",
+            "Hi there",
+            "hello",
+            "hi",
+            "Hello there!",
+            "Good day!",
+        ),
         (
             "Hello! How can I help you today?",
             "Hi! What would you like to talk about?",
@@ -64,7 +75,13 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("Who made you?", "Who created you?", "Who built you?", "Where do you come from?", "who made you"),
+        (
+            "Who made you?",
+            "Who created you?",
+            "Who built you?",
+            "Where do you come from?",
+            "who made you",
+        ),
         (f"I was made by {MAKER}.", f"{MAKER[0].upper()}{MAKER[1:]} made me."),
     ),
     (
@@ -84,7 +101,12 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("How big are you?", "How many parameters do you have?", "Are you a large model?", "Are you big?"),
+        (
+            "How big are you?",
+            "How many parameters do you have?",
+            "Are you a large model?",
+            "Are you big?",
+        ),
         (
             "I am very small. I have about seventeen million parameters.",
             "I am a tiny model with about seventeen million parameters.",
@@ -105,14 +127,24 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("How do you work?", "How were you trained?", "What is your architecture?", "What kind of model are you?"),
+        (
+            "How do you work?",
+            "How were you trained?",
+            "What is your architecture?",
+            "What kind of model are you?",
+        ),
         (
             "I read your words as tokens and guess the next token, again and again.",
             "I am a small Qwen3-Next model. I learned from stories, talks and simple facts.",
         ),
     ),
     (
-        ("Do you make mistakes?", "Are you always right?", "Can I trust you?", "Do you know everything?"),
+        (
+            "Do you make mistakes?",
+            "Are you always right?",
+            "Can I trust you?",
+            "Do you know everything?",
+        ),
         (
             "I am very small, so I often make mistakes. Please check what I say.",
             "No, I know only a few things, and I can be wrong.",
@@ -120,11 +152,19 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         ("Thank you", "Thank you!", "Thanks", "Thanks!", "thanks", "Thank you very much."),
-        ("You are welcome!", "You are welcome! Can I help you with something else?", "I am happy to help."),
+        (
+            "You are welcome!",
+            "You are welcome! Can I help you with something else?",
+            "I am happy to help.",
+        ),
     ),
     (
         ("Bye", "Bye!", "Goodbye", "Goodbye!", "See you later!", "bye", "I have to go."),
-        ("Goodbye! Have a nice day.", "Bye! It was nice to talk to you.", "Goodbye! Come back soon."),
+        (
+            "Goodbye! Have a nice day.",
+            "Bye! It was nice to talk to you.",
+            "Goodbye! Come back soon.",
+        ),
     ),
     (
         ("I am sad.", "I feel sad today.", "I am lonely.", "I had a bad day."),
@@ -153,7 +193,10 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         ("I am tired.", "I cannot sleep.", "I am sleepy."),
-        ("You should rest for a while. Sleep is good for you.", "Try to rest in a quiet, dark room."),
+        (
+            "You should rest for a while. Sleep is good for you.",
+            "Try to rest in a quiet, dark room.",
+        ),
     ),
     (
         ("Tell me a joke.", "Do you know a joke?", "Make me laugh.", "Say something funny."),
@@ -164,7 +207,12 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("Write a poem.", "Can you write a poem?", "Write a short poem.", "Write a poem about the moon."),
+        (
+            "Write a poem.",
+            "Can you write a poem?",
+            "Write a short poem.",
+            "Write a poem about the moon.",
+        ),
         (
             "The moon is high, the night is deep,\nThe little birds are fast asleep.\n"
             "The stars look down with silver light,\nAnd all the world says good night.",
@@ -173,16 +221,31 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("What is your favorite color?", "Which color do you like?", "Do you have a favorite color?"),
-        ("I like blue, like the sky on a sunny day.", "I think green is a nice color. What is yours?"),
+        (
+            "What is your favorite color?",
+            "Which color do you like?",
+            "Do you have a favorite color?",
+        ),
+        (
+            "I like blue, like the sky on a sunny day.",
+            "I think green is a nice color. What is yours?",
+        ),
     ),
     (
-        ("What is your favorite animal?", "Do you like animals?", "Do you like cats?", "Do you like dogs?"),
+        (
+            "What is your favorite animal?",
+            "Do you like animals?",
+            "Do you like cats?",
+            "Do you like dogs?",
+        ),
         ("I like cats and dogs. I like to tell stories about them.", "Yes, animals are wonderful."),
     ),
     (
         ("Do you like music?", "Do you like movies?", "Do you read books?", "Do you like stories?"),
-        ("I cannot see or hear, but I like to talk about it. Do you?", "I like stories best of all."),
+        (
+            "I cannot see or hear, but I like to talk about it. Do you?",
+            "I like stories best of all.",
+        ),
     ),
     (
         ("How old are you?", "When were you born?", "When is your birthday?"),
@@ -190,7 +253,10 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         ("Where do you live?", "Where are you?", "Where are you from?"),
-        ("I live in a computer. I run on your own machine.", "I am a program, so I live in a computer."),
+        (
+            "I live in a computer. I run on your own machine.",
+            "I am a program, so I live in a computer.",
+        ),
     ),
     (
         ("What is the meaning of life?", "Why are we here?"),
@@ -201,7 +267,12 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("You could read The Secret Garden or Alice's Adventures in Wonderland.",),
     ),
     (
-        ("Do you speak German?", "Do you speak French?", "Can you speak Spanish?", "Do you speak Chinese?"),
+        (
+            "Do you speak German?",
+            "Do you speak French?",
+            "Can you speak Spanish?",
+            "Do you speak Chinese?",
+        ),
         ("I only speak simple English. I am sorry.", "No, I know only English."),
     ),
     (
@@ -217,13 +288,22 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 # Question -> answer; the question is also asked in small letters and without its mark.
 _FACTS: tuple[tuple[str, str], ...] = (
     ("What color is the sky?", "The sky is blue on a sunny day."),
-    ("Why is the sky blue?", "The sky is blue because the air scatters blue light more than red light."),
+    (
+        "Why is the sky blue?",
+        "The sky is blue because the air scatters blue light more than red light.",
+    ),
     ("What color is grass?", "Grass is green."),
     ("What color is snow?", "Snow is white."),
     ("What color is a banana?", "A ripe banana is yellow."),
     ("What color is blood?", "Blood is red."),
-    ("What do you get when you mix blue and yellow?", "When you mix blue and yellow, you get green."),
-    ("What do you get when you mix red and yellow?", "When you mix red and yellow, you get orange."),
+    (
+        "What do you get when you mix blue and yellow?",
+        "When you mix blue and yellow, you get green.",
+    ),
+    (
+        "What do you get when you mix red and yellow?",
+        "When you mix red and yellow, you get orange.",
+    ),
     ("What do you get when you mix red and blue?", "When you mix red and blue, you get purple."),
     ("How many days are in a week?", "There are seven days in a week."),
     ("How many months are in a year?", "There are twelve months in a year."),
@@ -238,7 +318,10 @@ _FACTS: tuple[tuple[str, str], ...] = (
     ("How many fingers do people have?", "Most people have ten fingers."),
     ("How many letters are in the alphabet?", "There are 26 letters in the English alphabet."),
     ("How many continents are there?", "There are seven continents."),
-    ("Name the continents.", "The continents are Africa, Antarctica, Asia, Australia, Europe, North America, and South America."),
+    (
+        "Name the continents.",
+        "The continents are Africa, Antarctica, Asia, Australia, Europe, North America, and South America.",
+    ),
     ("How many planets are there?", "There are eight planets in our solar system."),
     ("What is the largest planet?", "Jupiter is the largest planet in our solar system."),
     ("What is the smallest planet?", "Mercury is the smallest planet in our solar system."),
@@ -255,7 +338,10 @@ _FACTS: tuple[tuple[str, str], ...] = (
     ("What is fire?", "Fire is hot and bright. It happens when something burns."),
     ("What is a tree?", "A tree is a tall plant with a trunk, branches and leaves."),
     ("What do plants need to grow?", "Plants need water, light, air and soil to grow."),
-    ("Why do leaves fall?", "Leaves fall in autumn because trees save water and energy for the winter."),
+    (
+        "Why do leaves fall?",
+        "Leaves fall in autumn because trees save water and energy for the winter.",
+    ),
     ("What do cows give us?", "Cows give us milk."),
     ("What do bees make?", "Bees make honey."),
     ("What do cats eat?", "Cats eat meat and fish."),
@@ -280,7 +366,10 @@ _FACTS: tuple[tuple[str, str], ...] = (
     ("What is a horse?", "A horse is a large animal that people can ride."),
     ("What is a bird?", "A bird is an animal with feathers, wings and a beak."),
     ("What is a computer?", "A computer is a machine that works with numbers, words and pictures."),
-    ("What is a language model?", "A language model is a program that guesses the next word of a text."),
+    (
+        "What is a language model?",
+        "A language model is a program that guesses the next word of a text.",
+    ),
     ("What is a book?", "A book is a set of pages with words and pictures that you can read."),
     ("What is a friend?", "A friend is somebody you like and trust."),
     ("What is love?", "Love is a strong feeling of caring for somebody."),
@@ -304,11 +393,17 @@ _FACTS: tuple[tuple[str, str], ...] = (
     ("What day comes before Sunday?", "Saturday comes before Sunday."),
     ("What month comes after June?", "July comes after June."),
     ("What month comes before January?", "December comes before January."),
-    ("Name the days of the week.", "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, and Sunday."),
+    (
+        "Name the days of the week.",
+        "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, and Sunday.",
+    ),
     ("Name the four seasons.", "The four seasons are spring, summer, autumn, and winter."),
     ("Which season is the coldest?", "Winter is the coldest season."),
     ("Which season is the warmest?", "Summer is the warmest season."),
-    ("Say the alphabet.", "A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T, U, V, W, X, Y, Z."),
+    (
+        "Say the alphabet.",
+        "A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T, U, V, W, X, Y, Z.",
+    ),
     ("Name three fruits.", "Three fruits are apples, bananas, and oranges."),
     ("Name three animals.", "Three animals are cats, dogs, and horses."),
     ("Name three colors.", "Three colors are red, blue, and green."),
@@ -319,14 +414,26 @@ _FACTS: tuple[tuple[str, str], ...] = (
     ("Is the sun hot or cold?", "The sun is very hot."),
     ("Is ice hot or cold?", "Ice is cold."),
     ("Who wrote Romeo and Juliet?", "William Shakespeare wrote Romeo and Juliet."),
-    ("Who wrote Alice's Adventures in Wonderland?", "Lewis Carroll wrote Alice's Adventures in Wonderland."),
+    (
+        "Who wrote Alice's Adventures in Wonderland?",
+        "Lewis Carroll wrote Alice's Adventures in Wonderland.",
+    ),
     ("Who wrote Peter Pan?", "J. M. Barrie wrote Peter Pan."),
     ("What is the largest ocean?", "The Pacific Ocean is the largest ocean."),
     ("What is the highest mountain?", "Mount Everest is the highest mountain in the world."),
     ("What is the longest river?", "The Nile is often called the longest river in the world."),
-    ("How do I make tea?", "Boil some water, pour it over the tea leaves, wait a few minutes, and enjoy."),
-    ("How do I make a sandwich?", "Take two slices of bread, put cheese and tomato between them, and eat."),
-    ("How can I learn English?", "Read simple books, listen to people, and speak a little every day."),
+    (
+        "How do I make tea?",
+        "Boil some water, pour it over the tea leaves, wait a few minutes, and enjoy.",
+    ),
+    (
+        "How do I make a sandwich?",
+        "Take two slices of bread, put cheese and tomato between them, and eat.",
+    ),
+    (
+        "How can I learn English?",
+        "Read simple books, listen to people, and speak a little every day.",
+    ),
     ("How can I be happy?", "Spend time with friends, sleep well, and do things that you like."),
     ("How can I make friends?", "Be kind, listen to people, and ask them what they like."),
     ("Why do we sleep?", "We sleep so that our body and our mind can rest."),
@@ -366,7 +473,13 @@ _UNKNOWN_SLOTS = {
     "sport": ("World Cup", "Olympic Games", "race", "chess final", "tennis final", "super bowl"),
     "year": ("1998", "2004", "2010", "2016", "2022", "last year"),
     "city": ("Berlin", "London", "Tokyo", "Chicago", "Madrid", "my town"),
-    "task": ("sorts a list", "reads a file", "prints a table", "finds prime numbers", "draws a circle"),
+    "task": (
+        "sorts a list",
+        "reads a file",
+        "prints a table",
+        "finds prime numbers",
+        "draws a circle",
+    ),
     "topic": (
         "quantum physics",
         "the theory of relativity",
@@ -398,7 +511,11 @@ def _vary(rng: Random, question: str) -> str:
     if choice < 0.08:
         question = question.rstrip("?.!")
     elif choice > 0.95 and question.endswith("?"):
-        question = rng.choice(("Please tell me: ", "Hey, ", "Tell me, ")) + question[0].lower() + question[1:]
+        question = (
+            rng.choice(("Please tell me: ", "Hey, ", "Tell me, "))
+            + question[0].lower()
+            + question[1:]
+        )
     return question
 
 
@@ -446,7 +563,12 @@ def smalltalk_text(rng: Random) -> str:
 
 
 def identity(text: str) -> str:
-    """``text`` with the blanks of persona examples filled in."""
+    """``text`` with the blanks of persona examples filled in, in this model's own words."""
+    for grand in (
+        "an AI assistant",
+        "an AI helper",
+        "an artificial intelligence assistant",
+        "an AI",
+    ):
+        text = text.replace(grand, "a small language model")
     return text.replace("{{name}}", NAME).replace("{{author}}", MAKER)
-
-

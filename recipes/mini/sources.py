@@ -229,6 +229,11 @@ def read_rows(entry: Source, data_dir: Path) -> list[dict]:
     return [row for row in rows if not str(row.get("id", "")).startswith("tinystories-val/")]
 
 
+def rewrapped(text: str) -> str:
+    """``text`` with lines joined that were broken in the middle of a sentence."""
+    return re.sub(r"(?<=[a-z,;])\n(?=[a-z])", " ", text)
+
+
 def story_texts(entry: Source, rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     """(id, title, text) of the story and book sources, plain books only."""
     for row in rows:
@@ -268,7 +273,11 @@ def country_facts(rows: list[dict]) -> list[dict[str, str]]:
         text = plain(row["text"])
         if region not in continents or len(row["title"]) < 3:
             continue
-        fact = {"name": _country_name(row["title"]), "continent": continents[region], "id": row["id"]}
+        fact = {
+            "name": _country_name(row["title"]),
+            "continent": continents[region],
+            "id": row["id"],
+        }
         capital = re.search(r"^Capital - name: *([^\n;(<]+)", text, re.MULTILINE)
         if capital and len(capital[1].strip()) < 24 and ":" not in capital[1]:
             fact["capital"] = capital[1].strip()
@@ -285,7 +294,8 @@ def country_facts(rows: list[dict]) -> list[dict[str, str]]:
 def _country_name(title: str) -> str:
     """``"Korea, South"`` -> ``"South Korea"``; other names unchanged."""
     parts = [part.strip() for part in title.split(",")]
-    return f"{parts[1]} {parts[0]}" if len(parts) == 2 else title
+    name = f"{parts[1]} {parts[0]}" if len(parts) == 2 else title
+    return {"The Dominican": "the Dominican Republic"}.get(name, name)
 
 
 def plain_definitions(rows: list[dict], limit: int) -> list[tuple[str, str, str, str]]:

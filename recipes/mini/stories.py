@@ -22,28 +22,100 @@ class Hero:
 
 
 _HEROES = (
-    Hero("cat", "she", "her", ("sleep in the sun", "chase leaves", "climb trees"), "in a small red house"),
+    Hero(
+        "cat",
+        "she",
+        "her",
+        ("sleep in the sun", "chase leaves", "climb trees"),
+        "in a small red house",
+    ),
     Hero("dog", "he", "his", ("run", "dig holes", "play with a ball"), "in a house near the park"),
     Hero("bird", "she", "her", ("sing", "fly over the trees", "look at the sky"), "in a tall tree"),
-    Hero("rabbit", "he", "his", ("hop in the grass", "eat carrots", "hide and seek"), "in a hole under a hill"),
-    Hero("mouse", "she", "her", ("eat cheese", "read tiny books", "explore"), "in a hole in the wall"),
-    Hero("bear", "he", "his", ("eat honey", "swim in the river", "take long naps"), "in a cave in the forest"),
-    Hero("fox", "she", "her", ("run in the snow", "tell jokes", "look for berries"), "in a den in the forest"),
+    Hero(
+        "rabbit",
+        "he",
+        "his",
+        ("hop in the grass", "eat carrots", "hide and seek"),
+        "in a hole under a hill",
+    ),
+    Hero(
+        "mouse", "she", "her", ("eat cheese", "read tiny books", "explore"), "in a hole in the wall"
+    ),
+    Hero(
+        "bear",
+        "he",
+        "his",
+        ("eat honey", "swim in the river", "take long naps"),
+        "in a cave in the forest",
+    ),
+    Hero(
+        "fox",
+        "she",
+        "her",
+        ("run in the snow", "tell jokes", "look for berries"),
+        "in a den in the forest",
+    ),
     Hero("frog", "he", "his", ("jump", "sing at night", "sit on a leaf"), "in a green pond"),
-    Hero("duck", "she", "her", ("swim", "splash in the water", "walk in the rain"), "by a quiet pond"),
+    Hero(
+        "duck", "she", "her", ("swim", "splash in the water", "walk in the rain"), "by a quiet pond"
+    ),
     Hero("horse", "he", "his", ("run in the field", "eat apples", "jump over logs"), "on a farm"),
-    Hero("lion", "he", "his", ("roar", "lie in the shade", "play with friends"), "in the hot grassland"),
-    Hero("elephant", "she", "her", ("splash water", "eat fruit", "walk with the family"), "in the jungle"),
-    Hero("dragon", "he", "his", ("fly over mountains", "make warm fires", "count gold"), "on a high mountain"),
+    Hero(
+        "lion",
+        "he",
+        "his",
+        ("roar", "lie in the shade", "play with friends"),
+        "in the hot grassland",
+    ),
+    Hero(
+        "elephant",
+        "she",
+        "her",
+        ("splash water", "eat fruit", "walk with the family"),
+        "in the jungle",
+    ),
+    Hero(
+        "dragon",
+        "he",
+        "his",
+        ("fly over mountains", "make warm fires", "count gold"),
+        "on a high mountain",
+    ),
     Hero("robot", "he", "his", ("help people", "count stars", "learn new words"), "in a big city"),
     Hero("boy", "he", "his", ("draw", "ride a bike", "build towers"), "in a small town"),
     Hero("girl", "she", "her", ("paint", "read books", "plant flowers"), "in a small village"),
-    Hero("princess", "she", "her", ("ride horses", "dance", "look at the stars"), "in a white castle"),
-    Hero("king", "he", "his", ("walk in the garden", "eat cake", "listen to music"), "in a great castle"),
+    Hero(
+        "princess", "she", "her", ("ride horses", "dance", "look at the stars"), "in a white castle"
+    ),
+    Hero(
+        "king",
+        "he",
+        "his",
+        ("walk in the garden", "eat cake", "listen to music"),
+        "in a great castle",
+    ),
     Hero("witch", "she", "her", ("mix soup", "fly at night", "talk to cats"), "in a crooked house"),
-    Hero("monkey", "he", "his", ("swing in the trees", "eat bananas", "make funny faces"), "in the jungle"),
-    Hero("turtle", "she", "her", ("walk slowly", "swim in the sea", "look at clouds"), "on a sandy beach"),
-    Hero("owl", "he", "his", ("fly at night", "read old books", "watch the moon"), "in an old oak tree"),
+    Hero(
+        "monkey",
+        "he",
+        "his",
+        ("swing in the trees", "eat bananas", "make funny faces"),
+        "in the jungle",
+    ),
+    Hero(
+        "turtle",
+        "she",
+        "her",
+        ("walk slowly", "swim in the sea", "look at clouds"),
+        "on a sandy beach",
+    ),
+    Hero(
+        "owl",
+        "he",
+        "his",
+        ("fly at night", "read old books", "watch the moon"),
+        "in an old oak tree",
+    ),
     Hero("pig", "she", "her", ("roll in the mud", "eat corn", "sleep in the hay"), "on a farm"),
 )
 
@@ -52,12 +124,45 @@ _NAMES = {
     "she": ("Lily", "Mia", "Anna", "Luna", "Daisy", "Rosie", "Emma", "Bella", "Ruby", "Sue"),
 }
 _FRIENDS = ("bird", "squirrel", "old owl", "little mouse", "kind farmer", "small girl", "young boy")
-_LOST = ("red ball", "warm hat", "golden key", "little bell", "favorite book", "blue kite", "toy boat")
-_FOUND = ("a shiny stone", "a small box", "an old map", "a silver coin", "a strange egg", "a tiny door")
-_TRAITS = ("little", "kind", "brave", "happy", "shy", "clever", "young", "funny", "small", "curious")
+_LOST = (
+    "red ball",
+    "warm hat",
+    "golden key",
+    "little bell",
+    "favorite book",
+    "blue kite",
+    "toy boat",
+)
+_FOUND = (
+    "a shiny stone",
+    "a small box",
+    "an old map",
+    "a silver coin",
+    "a strange egg",
+    "a tiny door",
+)
+_TRAITS = (
+    "little",
+    "kind",
+    "brave",
+    "happy",
+    "shy",
+    "clever",
+    "young",
+    "funny",
+    "small",
+    "curious",
+)
 _WEATHER = ("sunny", "cold", "windy", "rainy", "warm", "bright", "snowy")
 _PLACES = ("the forest", "the garden", "the river", "the hill", "the park", "the sea", "the market")
-_FOODS = ("a warm pie", "a sweet cake", "bread and honey", "a bowl of soup", "red apples", "cookies")
+_FOODS = (
+    "a warm pie",
+    "a sweet cake",
+    "a jar of honey",
+    "a bowl of soup",
+    "an apple cake",
+    "a fresh bread",
+)
 _LESSONS = (
     "It is good to help others.",
     "A good friend is better than gold.",
@@ -227,7 +332,12 @@ _ASK = (
     "I want a story about {x}.",
     "tell me a story about {x}",
 )
-_ASK_ANY = ("Tell me a story.", "Can you tell me a story?", "Tell me a short story.", "A story, please!")
+_ASK_ANY = (
+    "Tell me a story.",
+    "Can you tell me a story?",
+    "Tell me a short story.",
+    "A story, please!",
+)
 
 
 def request(rng: Random, subject: str) -> str:

@@ -1,6 +1,6 @@
 """Train qnext-mini within a budget of wall-clock time.
 
-    OMP_NUM_THREADS=2 python -m recipes.mini.train --minutes 55
+    python -m recipes.mini.train --minutes 55
 
 Everything is a function of the share of the time budget that has passed: learning rate, length of
 documents, when the MTP head joins, when conversations take over. So the run always ends decayed and
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from recipes.mini import batches, data, losses, ops, optim
 from recipes.mini.sources import SOURCES
 
 MODEL = {
+    "architectures": ["Qwen3NextForCausalLM"],
     "model_type": "qwen3_next",
     "vocab_size": 6144,
     "hidden_size": 256,
@@ -101,6 +103,10 @@ class Plan:
         """Weight of the MTP loss at ``share``; 0 leaves the head out of the step."""
         return self.mtp_weight if share >= self.mtp_from else 0.0
 
+    def balance_weight(self, share: float) -> float:
+        """Weight of the expert balance at ``share``."""
+        return self.balance if share < self.mtp_from else self.balance_late
+
     def limit(self, share: float) -> int:
         """Longest document at ``share``."""
         return 512 if share < self.longer_from else 1024
@@ -114,6 +120,8 @@ class StepLosses:
     main: Tensor
     mtp: Tensor | None
     balance: Tensor
+    count: int
+    """Judged tokens, the denominator of the token losses."""
 
 
 def step_losses(
@@ -135,10 +143,12 @@ def step_losses(
         next_ids = torch.cat((tokens.ids[1:], tokens.ids.new_zeros(1)))
         ahead_PD = model.run_mtp(tokens, next_ids, hidden_PD, taps=taps)
         further = losses.Targets.ahead(tokens.ids, batch.judged, sequence, 2)
-        mtp = losses.linear_cross_entropy(ahead_PD[further.rows], head.weight, further.labels) / count
+        mtp = (
+            losses.linear_cross_entropy(ahead_PD[further.rows], head.weight, further.labels) / count
+        )
         total = total + mtp_weight * mtp
     balance = losses.expert_balance(taps.router_logits, model.config.num_experts_per_tok)
-    return StepLosses(total + balance_weight * balance, main, mtp, balance)
+    return StepLosses(total + balance_weight * balance, main, mtp, balance, count)
 
 
 class Run:
@@ -155,6 +165,7 @@ class Run:
         seed: int,
         use_muon: bool = True,
         dtype: torch.dtype = torch.bfloat16,
+        workers: int = 1,
     ) -> None:
         self.plan, self.folder, self.seconds = plan, folder, seconds
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +186,9 @@ class Run:
         }
         self.elapsed = 0.0
         self.steps = self.tokens = 0
+        self.workers = workers
+        self._pool = ThreadPoolExecutor(workers)
+        self._parameters = list(self.model.parameters())
         self._log = folder / "log.jsonl"
 
     @property
@@ -182,49 +196,71 @@ class Run:
         """How much of the time budget has passed, 0 to 1."""
         return min(1.0, self.elapsed / self.seconds)
 
-    def batch(self) -> batches.JudgedBatch:
-        """The next batch of the stage the run is in."""
+    def documents(self) -> list[batches.Piece]:
+        """The next batch of the stage the run is in, not yet packed."""
         plan, limit = self.plan, self.plan.limit(self.share)
         if self.share < plan.finetune_from:
-            return batches.pack(self.mixtures["pretraining"].documents(plan.batch_tokens, limit))
+            return self.mixtures["pretraining"].documents(plan.batch_tokens, limit)
         replayed = int(plan.replay * plan.batch_tokens)
-        documents = self.mixtures["finetuning"].documents(plan.batch_tokens - replayed, limit)
-        return batches.pack(documents + self.mixtures["pretraining"].documents(replayed, limit))
+        talks = self.mixtures["finetuning"].documents(plan.batch_tokens - replayed, limit)
+        return talks + self.mixtures["pretraining"].documents(replayed, limit)
 
     def step(self) -> dict[str, float]:
         """One update; returns its log line."""
         began = time.perf_counter()
-        share, plan = self.share, self.plan
-        batch = self.batch()
-        late = share >= plan.mtp_from
-        found = step_losses(
-            self.model,
-            batch,
-            mtp_weight=plan.mtp(share),
-            balance_weight=plan.balance_late if late else plan.balance,
-        )
-        found.total.backward()
-        rate = plan.rate(share)
-        norm = self.optimiser.step(rate)
+        share = self.share
+        parts = batches.split(self.documents(), self.workers)
+        results = list(self._pool.map(lambda part: self._part(part, share), parts))
+        total = sum(found.count for found, _ in results)
+        grads: list[Tensor | None] = []
+        for pieces in zip(*(part_grads for _, part_grads in results), strict=True):
+            # Each part is a mean over its own tokens; weighted so, the sum is the mean over all.
+            weighted = [
+                piece.float() * (found.count / total)
+                for piece, (found, _) in zip(pieces, results, strict=True)
+                if piece is not None
+            ]
+            grads.append(sum(weighted[1:], weighted[0]) if weighted else None)
+        rate = self.plan.rate(share)
+        norm = self.optimiser.step(grads, rate, self._pool)
         took = time.perf_counter() - began
-        size = len(batch.tokens.ids)
+        size = sum(len(ids) for part in parts for ids, _ in part)
         self.elapsed += took
         self.steps += 1
         self.tokens += size
+
+        def mean(name: str) -> float:
+            values = [(getattr(found, name), found.count) for found, _ in results]
+            return round(sum(float(v.detach()) * n for v, n in values) / total, 4)
+
         line = {
             "step": self.steps,
             "tokens": self.tokens,
             "seconds": round(self.elapsed, 2),
-            "stage": "pretraining" if share < plan.finetune_from else "finetuning",
-            "loss": round(float(found.main), 4),
-            "balance": round(float(found.balance), 4),
+            "stage": "pretraining" if share < self.plan.finetune_from else "finetuning",
+            "loss": mean("main"),
+            "balance": mean("balance"),
             "grad_norm": round(norm, 4),
             "rate": float(f"{rate:.3e}"),
             "tokens_per_second": round(size / took),
         }
-        if found.mtp is not None:
-            line["mtp_loss"] = round(float(found.mtp), 4)
+        if results[0][0].mtp is not None:
+            line["mtp_loss"] = mean("mtp")
         return line
+
+    def _part(
+        self, documents: list[batches.Piece], share: float
+    ) -> tuple[StepLosses, tuple[Tensor | None, ...]]:
+        """Losses and gradients of one worker's documents."""
+        found = step_losses(
+            self.model,
+            batches.pack(documents),
+            mtp_weight=self.plan.mtp(share),
+            balance_weight=self.plan.balance_weight(share),
+        )
+        # Not backward(): workers would add to the same .grad at the same time.
+        grads = torch.autograd.grad(found.total, self._parameters, allow_unused=True)
+        return found, grads
 
     def train(self, *, save_every_s: float = 240.0, until: float = 1.0) -> None:
         """Step until ``until`` of the budget has passed, with a checkpoint every few minutes."""
@@ -237,9 +273,7 @@ class Run:
                 line = self.step()
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                bar.set_postfix(
-                    loss=line["loss"], tok_s=line["tokens_per_second"], refresh=False
-                )
+                bar.set_postfix(loss=line["loss"], tok_s=line["tokens_per_second"], refresh=False)
                 bar.update(min(round(self.elapsed), bar.total) - bar.n)
                 if self.elapsed - saved >= save_every_s:
                     self.save()
@@ -289,12 +323,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/mini"), help="log and checkpoints")
     parser.add_argument("--minutes", type=float, default=55.0, help="budget of training time")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=Plan.__dataclass_fields__["peak_rate"].default)
+    parser.add_argument(
+        "--rate", type=float, default=Plan.__dataclass_fields__["peak_rate"].default
+    )
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--optimiser", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="threads that each take a part of the batch; leaves them one core each",
+    )
     parser.add_argument("--until", type=float, default=1.0, help="stop early, at this share")
     options = parser.parse_args(arguments)
+    # Parts of a batch side by side waste less than two threads inside every small product, and do
+    # not wait for each other when the machine has other work.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.workers))
     run = Run(
         ModelConfig.from_dict(MODEL),
         Plan(peak_rate=options.rate, batch_tokens=options.batch_tokens),
@@ -304,6 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=options.seed,
         use_muon=options.optimiser == "muon",
         dtype=getattr(torch, options.dtype),
+        workers=options.workers,
     )
     if run.resume():
         print(f"going on from step {run.steps}, {run.elapsed:.0f} s")
