@@ -98,7 +98,7 @@ def test_closing_a_stream_ends_its_request(llm):
     stream.close()
     llm.generate("A", GREEDY)
     assert not llm.engine.has_work
-    assert llm.engine.cache.slots_free == 4
+    assert llm.engine.runner.cache.slots_free == 4
 
 
 def test_control_tokens_typed_by_a_user_are_plain_text(llm):

@@ -85,35 +85,41 @@ class TextReader:
         self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
         self._thinking = starts_in_reasoning
         self._reasoning_tokens = 0
+        self._used = 0
         self._ended = False
 
     def push(self, event: Event) -> Delta | None:
         """Feed one event; returns what has become final, or None."""
         if self._ended:
             return None
-        self._count_reasoning(event.token_ids)
-        ends = event.finish_reason is not None
-        visible = list(event.token_ids)
-        if event.finish_reason == "stop" and visible:
-            visible.pop()  # the end-of-sequence token is not text
-        raw = self._bytes.push(visible)
-        if ends:
-            raw += self._bytes.finish()
-        raw, self.stopped, _ = self._stop.push(raw)
+        ends, raw, used = event.finish_reason is not None, "", 0
+        last = len(event.token_ids) - 1
+        for i, token in enumerate(event.token_ids):
+            self._count_reasoning(token)
+            used += 1
+            if i == last and event.finish_reason == "stop":
+                break  # the end-of-sequence token is not text
+            emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
+            raw += emit
+            if self.stopped:
+                break  # what a step drafted beyond the stop string never happened
         if ends and not self.stopped:
-            raw += self._stop.finish()
+            emit, self.stopped, _ = self._stop.push(self._bytes.finish())
+            raw += emit + ("" if self.stopped else self._stop.finish())
         self._ended = ends or self.stopped
+        self._used += used
         text, reasoning = self._split(raw)
-        reason: FinishReason | None = "stop" if self.stopped else event.finish_reason
-        if not (text or reasoning or self._ended or event.token_ids):
-            return None
         return Delta(
             text=text,
             reasoning=reasoning,
-            token_ids=tuple(event.token_ids),
-            finish_reason=reason,
-            usage=replace(event.usage, reasoning_tokens=self._reasoning_tokens),
-            logprobs=event.logprobs,
+            token_ids=tuple(event.token_ids[:used]),
+            finish_reason="stop" if self.stopped else event.finish_reason,
+            usage=replace(
+                event.usage,
+                completion_tokens=self._used,
+                reasoning_tokens=self._reasoning_tokens,
+            ),
+            logprobs=event.logprobs[:used],
         )
 
     def _split(self, raw: str) -> tuple[str, str]:
@@ -125,15 +131,14 @@ class TextReader:
         text = "".join(piece for kind, piece in parts if kind == "content")
         return text, "".join(piece for kind, piece in parts if kind == "reasoning")
 
-    def _count_reasoning(self, token_ids: Sequence[int]) -> None:
+    def _count_reasoning(self, token: int) -> None:
         opening, closing = self._think
-        for token in token_ids:
-            if token == closing:
-                self._thinking = False
-            elif token == opening:
-                self._thinking = True
-            elif self._thinking:
-                self._reasoning_tokens += 1
+        if token == closing:
+            self._thinking = False
+        elif token == opening:
+            self._thinking = True
+        elif self._thinking:
+            self._reasoning_tokens += 1
 
 
 class LLM:
@@ -354,7 +359,7 @@ class LLM:
             if delta is not None:
                 self._inbox[event.request_id].append(delta)
             if reader.stopped:
-                self.engine.cancel(event.request_id)
+                self.engine.cancel(event.request_id, "stop")
 
     def _end_ids(self) -> tuple[int, ...]:
         """Every id that ends a sequence, from generation_config.json, config.json, tokenizer."""

@@ -135,7 +135,7 @@ def test_logprobs_are_those_of_the_raw_logits(tiny_model):
 
 def test_cancelling_at_any_moment_frees_everything(tiny_model):
     engine = Engine(tiny_model, max_num_seqs=2, max_batch_tokens=16)
-    pages, slots = engine.scheduler.pool.free, engine.cache.slots_free
+    pages, slots = engine.pool.free, engine.runner.cache.slots_free
     generator = random.Random(3)
     alive, finished = set(), set()
     for number, prompt in enumerate(prompts(30, seed=4)):
@@ -152,8 +152,9 @@ def test_cancelling_at_any_moment_frees_everything(tiny_model):
                     finished.add(event.request_id)
     finished.update(run(engine))
     assert len(finished) == 30
-    assert engine.scheduler.pool.free == pages
-    assert engine.cache.slots_free == slots
+    engine.prefix.clear()
+    assert engine.pool.free == pages
+    assert engine.runner.cache.slots_free == slots
     engine.cancel("r0")
     assert not engine.has_work
 

@@ -14,29 +14,35 @@ LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
 
 def draw(seed: int, logits: torch.Tensor = LOGITS, **params) -> int:
     row = SampleRow(params=SamplingParams(**params), seed=seed, index=0, prompt_ids=())
-    return sample(logits[None], [row], defined_ids=logits.shape[0])[0][0]
+    return sample(logits[None], [row], defined_ids=logits.shape[0])[0]
+
+
+def noise(seed: int, index: int, ids: torch.Tensor) -> torch.Tensor:
+    return gumbel_noise(seeds=[seed], indices=[index], ids=ids[None])[0]
 
 
 def test_philox_gives_the_published_answer():
     # Random123's known-answer test for ten rounds, counter and key zero.
-    word = philox(counter=(torch.zeros(1).long(), torch.zeros(1).long()), key=(0, 0))
+    zero = torch.zeros(1).long()
+    word = philox(counter=(zero, zero), key=(zero, zero))
     assert int(word) == 0x6627E8D5
 
 
 def test_noise_is_a_function_of_seed_index_and_token_only():
-    ids = torch.tensor([7, 3, 9])
-    whole = gumbel_noise(seed=5, index=2, ids=torch.arange(10))
-    assert torch.equal(gumbel_noise(seed=5, index=2, ids=ids), whole[ids])
-    assert not torch.equal(whole, gumbel_noise(seed=6, index=2, ids=torch.arange(10)))
-    assert not torch.equal(whole, gumbel_noise(seed=5, index=3, ids=torch.arange(10)))
-    assert not torch.equal(whole, gumbel_noise(seed=5 + (1 << 40), index=2, ids=torch.arange(10)))
+    ids, every = torch.tensor([7, 3, 9]), torch.arange(10)
+    whole = noise(5, 2, every)
+    assert torch.equal(noise(5, 2, ids), whole[ids])
+    for seed, index in ((6, 2), (5, 3), (5 + (1 << 40), 2)):
+        assert not torch.equal(whole, noise(seed, index, every))
+    together = gumbel_noise(seeds=[1, 5], indices=[9, 2], ids=every.expand(2, 10))
+    assert torch.equal(together[1], whole)
 
 
 def test_noise_is_gumbel_and_finite():
-    noise = gumbel_noise(seed=1, index=0, ids=torch.arange(200_000)).double()
-    assert bool(noise.isfinite().all())
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)
-    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
+    found = noise(1, 0, torch.arange(200_000)).double()
+    assert bool(found.isfinite().all())
+    assert float(found.mean()) == pytest.approx(0.5772, abs=0.01)
+    assert float(found.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -79,7 +85,7 @@ def penalised(counts: dict[int, int], prompt: tuple[int, ...] = (), **params) ->
         prompt_ids=prompt,
         counts=Counter(counts),
     )
-    return sample(LOGITS[None], [row], defined_ids=5)[0][0]
+    return sample(LOGITS[None], [row], defined_ids=5)[0]
 
 
 def test_penalties_move_the_choice():
@@ -97,7 +103,7 @@ def test_repetition_penalty_makes_negative_logits_smaller():
     logits = torch.tensor([-1.0, -1.5])
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     row = SampleRow(params=params, seed=0, index=0, prompt_ids=(0,))
-    assert sample(logits[None], [row], defined_ids=2)[0][0] == 1
+    assert sample(logits[None], [row], defined_ids=2)[0] == 1
 
 
 def test_sampling_leaves_the_logits_as_they_were():

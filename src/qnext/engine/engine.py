@@ -3,29 +3,96 @@
 Synchronous and single-threaded: ``add`` and ``cancel`` take effect at the next ``step``, ``step``
 runs one packed batch and returns what it produced. Everything asynchronous is outside. Requests
 join and leave between steps, so a long answer never holds up a short one.
+
+A step is: plan -> forward -> sample every row -> accept drafts that equal what was sampled -> keep
+what stays -> let the MTP layer read the new rows and draft for the next step -> plant snapshots.
 """
 
+import hashlib
 import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
+from qnext import cost
 from qnext.config import ModelConfig
-from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs, Usage
-from qnext.engine.sampler import SampleRow, sample
-from qnext.engine.scheduler import Plan, Scheduler, Sequence
+from qnext.engine.blocks import PagePool
+from qnext.engine.prefix import PrefixCache
+from qnext.engine.request import Event, FinishReason, Request, Usage
+from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.engine.sampler import SampleRow, logprobs_of, sample
+from qnext.engine.scheduler import Item, Scheduler
+from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.errors import RequestError
-from qnext.model.batch import TokenBatch
-from qnext.model.cache import PAGE_SIZE, HybridCache
+from qnext.model.cache import PAGE_SIZE, Rollback
 from qnext.model.model import CausalLM
-from qnext.ops import Segments
+
+MAX_BACKLOG = 256
+"""Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSizes:
+    """How a memory budget is spent."""
+
+    num_slots: int
+    """Sequences that can run at once."""
+    num_snapshots: int
+    num_pages: int
+
+    @classmethod
+    def within(
+        cls,
+        config: ModelConfig,
+        *,
+        memory_bytes: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        dtype: str,
+        prefix_cache: bool,
+    ) -> "CacheSizes":
+        """State slots of the running sequences first, then snapshots and pages.
+
+        A quarter of what is left goes to snapshots, at most eight per running sequence. Raises
+        RequestError when not even one page fits.
+        """
+        state = sum(
+            (
+                cost.state_bytes_per_sequence(config),
+                cost.conv_bytes_per_sequence(config, dtype),
+                int(config.hidden_size * cost.number_bytes(dtype)),
+            )
+        )
+        token = cost.kv_bytes_per_token(config, dtype)
+        if config.num_mtp_layers:
+            token += cost.mtp_kv_bytes_per_token(config, dtype)
+        page = max(token * PAGE_SIZE, 1)
+        left = memory_bytes - max_num_seqs * state
+        if left < page:
+            raise RequestError(
+                f"memory: {memory_bytes:,} bytes do not hold the state of {max_num_seqs} sequences "
+                f"({max_num_seqs * state:,} bytes) and one page of keys and values "
+                f"({page:,} bytes). Raise memory or lower max_num_seqs."
+            )
+        snapshots = min(left // 4 // state, 8 * max_num_seqs) if prefix_cache else 0
+        most = (max_num_seqs + snapshots) * (-(-(max_model_len + MAX_DRAFTS + 1) // PAGE_SIZE) + 1)
+        return cls(
+            num_slots=max_num_seqs,
+            num_snapshots=snapshots,
+            num_pages=max(1, min((left - snapshots * state) // page, most)),
+        )
 
 
 class Engine:
     """Continuous batching over one model and one cache.
 
-    ``memory_bytes`` bounds the cache: the state slots of ``max_num_seqs`` sequences, and pages of
-    keys and values with the rest. ``defined_ids`` is the number of ids the tokenizer knows.
-    Raises RequestError when the memory does not hold even one page beside the slots.
+    ``memory_bytes`` bounds the cache: states of ``max_num_seqs`` sequences, snapshots of prefixes,
+    and pages of keys and values. ``defined_ids`` is one more than the largest id the tokenizer
+    knows. ``speculative_tokens`` is a number of drafts (0 for none) or "auto"; it is 0 for a model
+    without an MTP head. ``runner`` and ``clock`` may be replaced for tests.
     """
 
     def __init__(
@@ -37,44 +104,87 @@ class Engine:
         memory_bytes: int = 1 << 30,
         max_model_len: int | None = None,
         defined_ids: int | None = None,
+        speculative_tokens: int | str = 0,
+        prefix_cache: bool = True,
+        snapshot_interval: int = 0,
+        rollback: Rollback = "snapshots",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
-        self.model = model
+        self.policy = DraftPolicy(
+            _draft_setting(speculative_tokens, has_head=model.mtp is not None)
+        )
         self.max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
         self.defined_ids = min(defined_ids or config.vocab_size, config.vocab_size)
-        num_pages = _pages_within(
-            config, memory_bytes, max_num_seqs, self.max_model_len, model.dtype.itemsize
-        )
-        self.cache = HybridCache(
+        self.vocab_size = config.vocab_size
+        sizes = CacheSizes.within(
             config,
-            num_slots=max_num_seqs,
-            num_pages=num_pages,
-            dtype=model.dtype,
-            device=model.device,
-            ops=model.ops,
+            memory_bytes=memory_bytes,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_model_len,
+            dtype=str(model.dtype).removeprefix("torch."),
+            prefix_cache=prefix_cache,
         )
+        runner = Runner(
+            model,
+            num_slots=sizes.num_slots + sizes.num_snapshots,
+            num_pages=sizes.num_pages,
+            track_mtp=self.policy.limit > 0,
+            rollback=rollback,
+        )
+        snapshot_slots = [runner.open() for _ in range(sizes.num_snapshots)]
+        self._set_up(
+            runner,
+            PagePool(sizes.num_pages),
+            snapshot_slots,
+            num_slots=sizes.num_slots,
+            max_batch_tokens=max_batch_tokens,
+            snapshot_interval=snapshot_interval,
+            clock=clock,
+        )
+
+    def _set_up(
+        self,
+        runner: Runner,
+        pool: PagePool,
+        snapshot_slots: Sequence[int],
+        *,
+        num_slots: int,
+        max_batch_tokens: int,
+        snapshot_interval: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.runner, self.pool, self._clock = runner, pool, clock
+        self.prefix = PrefixCache(pool, snapshot_slots, clock=clock)
         self.scheduler = Scheduler(
-            num_slots=max_num_seqs,
-            num_pages=num_pages,
+            slots=runner,
+            num_slots=num_slots,
+            pool=pool,
+            prefix=self.prefix,
             page_size=PAGE_SIZE,
             max_batch_tokens=max_batch_tokens,
             max_model_len=self.max_model_len,
+            max_drafts=self.policy.limit,
+            interval=snapshot_interval,
         )
-        self._sequences: dict[str, Sequence] = {}
-        self._cancelled: list[str] = []
+        self._sequences: dict[str, Running] = {}
+        self._cancelled: dict[str, FinishReason] = {}
+        self.steps = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished or any cancellation unreported."""
         return bool(self._sequences)
 
+    # -- requests --------------------------------------------------------------------------------
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if it could never run."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is already in use; choose another.")
-        limit = self.model.config.vocab_size
+        limit = self.vocab_size
         for position, token in enumerate(request.prompt_ids):
             if not 0 <= token < limit:
                 raise RequestError(
@@ -90,118 +200,324 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = secrets.randbits(63)
-        self._sequences[request.id] = self.scheduler.add(request, seed)
+        sequence = self.scheduler.add(request, choice_seed(seed, request.choice))
+        self._sequences[request.id] = sequence
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request at the next step; unknown or finished ids are ignored."""
         if request_id in self._sequences:
-            self._cancelled.append(request_id)
+            self._cancelled.setdefault(request_id, reason)
+
+    # -- the step --------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
         """Run one batch; returns the events of all requests that made visible progress."""
-        events = [self._finish(i, "cancelled") for i in self._cancelled if i in self._sequences]
+        events = [
+            self._end(self._sequences[request_id], reason)
+            for request_id, reason in self._cancelled.items()
+            if request_id in self._sequences
+        ]
         self._cancelled.clear()
-        plan = self.scheduler.plan()
-        if plan.sequences:
-            events.extend(self._run(plan))
+        items = self.scheduler.plan()
+        if items:
+            events.extend(self._run(items))
+            self.steps += 1
         return events
 
-    @torch.inference_mode()
-    def _run(self, plan: Plan) -> list[Event]:
-        device = self.model.device
-        segments = Segments.of(plan.counts, device)
-        ids, firsts, slots, widest = [], [], [], 0
-        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            if sequence.slot is None:
-                sequence.slot = self.cache.open()
-            ids.extend(sequence.tokens(sequence.done, count))
-            firsts.append(sequence.done)
-            slots.append(sequence.slot)
-            widest = max(widest, len(sequence.pages))
-        table = torch.tensor(
-            [s.pages + [0] * (widest - len(s.pages)) for s in plan.sequences], device=device
-        )
-        positions = segments.offsets() + torch.tensor(firsts, device=device)[segments.ids()]
-        # Only a sequence whose last known token is in this step gets a next token.
-        sampling = [
-            b
-            for b, (s, n) in enumerate(zip(plan.sequences, plan.counts, strict=True))
-            if s.done + n == s.length
-        ]
-        rows = segments.last_rows()[sampling]
-        batch = TokenBatch(
-            ids=torch.tensor(ids, device=device), positions=positions, segments=segments, rows=rows
-        )
-        view = self.cache.view(slots, table, segments)
-        hidden = self.model.run(batch, view)
-        self.cache.keep()
-        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            sequence.done += count
-        if not sampling:
-            return []
-        chosen = sample(
-            self.model.lm_logits(hidden[rows]),
-            [self._row(plan.sequences[b]) for b in sampling],
-            defined_ids=self.defined_ids,
-        )
-        return [
-            self._emit(plan.sequences[b], token, logprobs)
-            for b, (token, logprobs) in zip(sampling, chosen, strict=True)
-        ]
+    def _run(self, items: Sequence[Item]) -> list[Event]:
+        started = self._clock()
+        decoding = all(item.sequence.length - item.sequence.done == 1 for item in items)
+        drafted = {len(item.sequence.drafts) for item in items}
+        works = [self._work(item) for item in items]
+        logits = self.runner.forward(works)
+        rows: list[SampleRow] = []
+        wanted: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for item, work in zip(items, works, strict=True):
+            sequence, first = item.sequence, len(rows)
+            last = at + len(work.rows)
+            if self._samples(item):
+                new = 1 + len(sequence.drafts)
+                for i in range(new):
+                    rows.append(self._row(sequence, sequence.drafts[:i]))
+                    wanted.append(last - new + i)
+            spans.append((first, len(rows)))
+            at = last
+        tokens = sample(logits[wanted], rows, defined_ids=self.defined_ids) if rows else []
+        counts, outcomes = [], []
+        for item, (first, end) in zip(items, spans, strict=True):
+            if first == end:
+                counts.append(item.count)
+                outcomes.append(([], None))
+                continue
+            emitted, reason = self._accept(item.sequence, tokens[first:end])
+            outcomes.append((emitted, reason))
+            counts.append(len(emitted) if item.sequence.drafts else item.count)
+        self.runner.keep(counts)
+        self._score_prompts(items, works, logits)
+        events = self._advance(items, counts, outcomes, logits, wanted, spans)
+        if decoding and len(drafted) == 1:
+            self.policy.verified(len(items), drafted.pop(), self._clock() - started)
+        ended = [sequence for event, sequence in events if event.finish_reason is not None]
+        self._draft([item.sequence for item in items if item.sequence not in ended])
+        self._plant(items)
+        for sequence in ended:
+            self._end_quietly(sequence)
+        return [event for event, _ in events]
 
-    def _row(self, sequence: Sequence) -> SampleRow:
-        return SampleRow(
-            params=sequence.request.params,
+    def _work(self, item: Item) -> Work:
+        sequence = item.sequence
+        assert sequence.slot is not None
+        start, drafts = sequence.done, sequence.drafts
+        known = sequence.tokens(start, start + item.count)
+        ids = [*known, *drafts][: item.count]
+        if self._scores_prompt(sequence):
+            rows = range(item.count)
+        elif not self._samples(item):
+            rows = range(0)
+        else:
+            rows = range(item.count - 1 - len(drafts), item.count)
+        return Work(
+            slot=sequence.slot,
+            pages=sequence.pages,
+            start=start,
+            ids=ids,
+            rows=rows,
+            speculative=bool(drafts),
+            captures=[(length - start, slot) for length, _, slot in item.captures],
+        )
+
+    def _samples(self, item: Item) -> bool:
+        """Whether this step reaches the newest known token, so that a next one can be chosen."""
+        sequence = item.sequence
+        reaches = sequence.done + item.count - len(sequence.drafts) == sequence.length
+        return reaches and not sequence.request.score_only
+
+    def _row(self, sequence: Running, drafts: Sequence[int]) -> SampleRow:
+        request = sequence.request
+        row = SampleRow(
+            params=request.params,
             seed=sequence.seed,
-            index=len(sequence.output_ids),
-            prompt_ids=sequence.request.prompt_ids,
+            index=len(sequence.output_ids) + len(drafts),
+            prompt_ids=request.prompt_ids,
             counts=sequence.counts,
-            stop_ids=_stop_ids(sequence.request),
+            stop_ids=_stop_ids(request),
+            bad_words=request.bad_ids,
         )
+        if drafts and (request.params.presence_penalty or request.params.frequency_penalty
+                       or request.params.repetition_penalty != 1.0):  # fmt: skip
+            row.counts = sequence.counts.copy()
+            row.counts.update(drafts)
+        if request.bad_ids:
+            reach = max(len(word) for word in request.bad_ids)
+            row.recent = [*sequence.output_ids[-reach:], *drafts]
+        return row
 
-    def _emit(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Event:
-        sequence.output_ids.append(token)
-        sequence.counts[token] += 1
+    def _accept(
+        self, sequence: Running, sampled: Sequence[int]
+    ) -> tuple[list[int], FinishReason | None]:
+        """The tokens a step adds: drafts that were sampled anyway, then one more; cut at an end."""
+        emitted = [sampled[0]]
+        for draft, following in zip(sequence.drafts, sampled[1:], strict=True):
+            if emitted[-1] != draft:
+                break
+            emitted.append(following)
+        drafted, accepted = len(sequence.drafts), len(emitted) - 1
+        self.policy.note(sequence.request.id, drafted, accepted)
+        sequence.drafted += drafted
+        stops = _stop_ids(sequence.request)
+        room = sequence.max_tokens - len(sequence.output_ids)
         reason: FinishReason | None = None
-        if token in _stop_ids(sequence.request):
-            reason = "stop"
-        elif len(sequence.output_ids) >= sequence.max_tokens:
-            reason = "length"
-        reported = () if logprobs is None else (logprobs,)
-        if reason is not None:
-            return self._finish(sequence.request.id, reason, (token,), reported)
-        return Event(
-            request_id=sequence.request.id,
-            token_ids=(token,),
-            finish_reason=None,
-            usage=_usage(sequence),
-            logprobs=reported,
+        for i, token in enumerate(emitted):
+            if token in stops:
+                reason = "stop"
+            elif i + 1 == room:
+                reason = "length"
+            if reason is not None:
+                del emitted[i + 1 :]
+                break
+        sequence.accepted += min(accepted, len(emitted))
+        return emitted, reason
+
+    def _advance(
+        self,
+        items: Sequence[Item],
+        counts: Sequence[int],
+        outcomes: Sequence[tuple[list[int], FinishReason | None]],
+        logits: Tensor,
+        wanted: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+    ) -> list[tuple[Event, Running]]:
+        """Move every sequence forward by what was kept, and say what it got."""
+        events = []
+        for item, count, (emitted, reason), (first, _) in zip(
+            items, counts, outcomes, spans, strict=True
+        ):
+            sequence = item.sequence
+            sequence.done += count
+            sequence.ran += count
+            sequence.drafts.clear()
+            sequence.output_ids.extend(emitted)
+            sequence.counts.update(emitted)
+            if sequence.request.score_only and sequence.done == sequence.length:
+                reason = "length"
+            if not emitted and reason is None:
+                continue
+            logprobs = ()
+            top = sequence.request.params.logprobs
+            if top is not None and emitted:
+                chosen = logits[wanted[first : first + len(emitted)]]
+                logprobs = tuple(logprobs_of(chosen, emitted, [top] * len(emitted)))
+            scored = tuple(sequence.prompt_logprobs)
+            if len(sequence.output_ids) > len(emitted):
+                scored = ()
+            event = Event(
+                request_id=sequence.request.id,
+                token_ids=tuple(emitted),
+                finish_reason=reason,
+                usage=_usage(sequence),
+                logprobs=logprobs,
+                prompt_logprobs=scored,
+            )
+            events.append((event, sequence))
+        return events
+
+    # -- scoring ---------------------------------------------------------------------------------
+
+    def _scores_prompt(self, sequence: Running) -> bool:
+        request = sequence.request
+        wants = request.score_only or request.params.prompt_logprobs is not None
+        return wants and len(sequence.prompt_logprobs) < len(request.prompt_ids) - 1
+
+    def _score_prompts(self, items: Sequence[Item], works: Sequence[Work], logits: Tensor) -> None:
+        """Log-probabilities of prompt tokens from the rows before them."""
+        at = 0
+        for item, work in zip(items, works, strict=True):
+            sequence, rows = item.sequence, len(work.rows)
+            if self._scores_prompt(sequence):
+                prompt = sequence.request.prompt_ids
+                start = len(sequence.prompt_logprobs)
+                end = min(sequence.done + item.count, len(prompt) - 1)
+                own = logits[at + start - sequence.done : at + end - sequence.done]
+                top = sequence.request.params.prompt_logprobs or 0
+                targets = prompt[start + 1 : end + 1]
+                sequence.prompt_logprobs += logprobs_of(own, targets, [top] * len(targets))
+            at += rows
+
+    # -- drafts and snapshots --------------------------------------------------------------------
+
+    def _draft(self, sequences: Sequence[Running]) -> None:
+        """Let the MTP layer catch up, and propose tokens for those that decode."""
+        if not self.policy.limit:
+            return
+        started = self._clock()
+        decoding = [s for s in sequences if s.length - s.done == 1]
+        k = self.policy.choose([s.request.id for s in decoding])
+        counts = {s: self._drafts_for(s, k) for s in decoding}
+        reading = [
+            s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
+            or s not in counts
+        ]  # fmt: skip
+        if not reading:
+            return
+        logits = self.runner.fill([self._reading(s) for s in reading])
+        drafting = [s for s in reading if counts.get(s, 0)]
+        places = [i for i, s in enumerate(reading) if counts.get(s, 0)]
+        logits = logits[places]
+        step = 1
+        while drafting:
+            rows = [self._row(s, s.drafts) for s in drafting]
+            tokens = sample(logits, rows, defined_ids=self.defined_ids)
+            for sequence, token in zip(drafting, tokens, strict=True):
+                sequence.drafts.append(token)
+            step += 1
+            drafting = [s for s in drafting if counts[s] >= step]
+            if drafting:
+                logits = self.runner.draft([self._drafting(s) for s in drafting])
+        if len(decoding) == len(reading) and set(counts.values()) == {k}:
+            self.policy.drafted(len(decoding), k, self._clock() - started)
+
+    def _drafts_for(self, sequence: Running, k: int) -> int:
+        """Never more than can still be emitted after the next token."""
+        return min(k, sequence.max_tokens - len(sequence.output_ids) - 1)
+
+    def _reading(self, sequence: Running) -> MtpWork:
+        """MTP rows for everything up to the newest known token."""
+        assert sequence.slot is not None
+        start, end = sequence.mtp_len, sequence.done + 1
+        work = MtpWork(
+            slot=sequence.slot,
+            pages=sequence.pages,
+            start=start,
+            ids=sequence.tokens(start, end),
+            first=sequence.mtp_first,
+        )
+        sequence.mtp_len = end
+        return work
+
+    def _drafting(self, sequence: Running) -> MtpWork:
+        """One provisional MTP row for the last draft; the next reading writes over it."""
+        assert sequence.slot is not None
+        return MtpWork(
+            slot=sequence.slot,
+            pages=sequence.pages,
+            start=sequence.length - 1 + len(sequence.drafts),
+            ids=sequence.drafts[-1:],
+            first=sequence.mtp_first,
         )
 
-    def _finish(
-        self,
-        request_id: str,
-        reason: FinishReason,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> Event:
-        sequence = self._sequences.pop(request_id)
-        self.scheduler.release(sequence)
-        if sequence.slot is not None:
-            self.cache.close(sequence.slot)
-        return Event(
-            request_id=request_id,
-            token_ids=token_ids,
+    def _plant(self, items: Sequence[Item]) -> None:
+        """Enter the snapshots taken in this step into the prefix cache."""
+        for item in items:
+            if item.captures:
+                self._catch_up(item.sequence)
+            for length, why, slot in item.captures:
+                self.scheduler.plant(item.sequence, length, why, slot)
+
+    def _catch_up(self, sequence: Running) -> None:
+        """Before a snapshot: its pages should hold the MTP layer's rows too."""
+        assert sequence.slot is not None
+        if self.policy.limit and self.runner.backlog(sequence.slot):
+            self.runner.fill([self._reading(sequence)])
+
+    # -- ends ------------------------------------------------------------------------------------
+
+    def _end(self, sequence: Running, reason: FinishReason) -> Event:
+        event = Event(
+            request_id=sequence.request.id,
+            token_ids=(),
             finish_reason=reason,
             usage=_usage(sequence),
-            logprobs=logprobs,
         )
+        self._end_quietly(sequence)
+        return event
+
+    def _end_quietly(self, sequence: Running) -> None:
+        """Leave a snapshot of where the sequence got to, and free the rest."""
+        if sequence.slot is not None and self.prefix.num_slots and sequence.output_ids:
+            self._catch_up(sequence)
+            self.scheduler.plant_here(sequence, "end")
+        self.scheduler.release(sequence)
+        self.policy.forget(sequence.request.id)
+        del self._sequences[sequence.request.id]
 
 
-def _usage(sequence: Sequence) -> Usage:
+def choice_seed(seed: int, choice: int) -> int:
+    """The noise key of answer number ``choice`` of a request: the seed itself for the first."""
+    if choice == 0:
+        return seed & ((1 << 64) - 1)
+    text = f"{seed}:{choice}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _usage(sequence: Running) -> Usage:
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=len(sequence.output_ids),
+        cached_tokens=sequence.cached or 0,
+        drafted_tokens=sequence.drafted,
+        accepted_tokens=sequence.accepted,
     )
 
 
@@ -210,22 +526,16 @@ def _stop_ids(request: Request) -> tuple[int, ...]:
     return (*eos, *request.params.stop_token_ids)
 
 
-def _pages_within(
-    config: ModelConfig, memory_bytes: int, slots: int, max_model_len: int, itemsize: int
-) -> int:
-    """Pages that fit beside the state slots, at most what all slots at full length can use."""
-    heads = config.linear_num_value_heads
-    state = heads * config.linear_key_head_dim * config.linear_value_head_dim * 4
-    window = (config.linear_conv_kernel_dim - 1) * config.conv_channels * itemsize
-    fixed = slots * len(config.delta_layers) * (state + window)
-    layers = len(config.attention_layers) + config.num_mtp_layers
-    page = layers * 2 * PAGE_SIZE * config.num_key_value_heads * config.head_dim * itemsize
-    most = slots * -(-max_model_len // PAGE_SIZE)
-    fitting = (memory_bytes - fixed) // page if page else most
-    if fitting < 1:
+def _draft_setting(setting: int | str, *, has_head: bool) -> int | str:
+    if setting != "auto" and (isinstance(setting, str) or not 0 <= setting <= MAX_DRAFTS):
         raise RequestError(
-            f"memory: {memory_bytes:,} bytes do not hold the state of {slots} sequences "
-            f"({fixed:,} bytes) and one page of keys and values ({page:,} bytes). Raise memory or "
-            "lower max_num_seqs."
+            f"speculative_tokens: expected 0 ... {MAX_DRAFTS} or 'auto', found {setting!r}."
         )
-    return min(fitting, most)
+    if has_head:
+        return setting
+    if setting not in (0, "auto"):
+        raise RequestError(
+            f"speculative_tokens={setting}: this model has no MTP head to draft with. Leave the "
+            "option out, or use a checkpoint with mtp.* tensors."
+        )
+    return 0

@@ -43,14 +43,23 @@ class SamplingParams:
     """Further token ids that end the sequence."""
     ignore_eos: bool = False
     """Keep going after an end-of-sequence token."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are never completed."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of single tokens."""
     logprobs: int | None = None
     """Report the log-probability of each token and of so many alternatives (0 ... 20)."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt; its positions are then computed, never reused."""
+    n: int = 1
+    """Answers to the same prompt; answer c uses the seed (seed, c)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.bad_words, str):
+            object.__setattr__(self, "bad_words", (self.bad_words,))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check("temperature", self.temperature, 0.0, 100.0)
@@ -67,8 +76,12 @@ class SamplingParams:
                 raise RequestError(
                     f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})."
                 )
-        if self.logprobs is not None:
-            self._check("logprobs", self.logprobs, 0, 20)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._check(name, getattr(self, name), 0, 20)
+        self._check("n", self.n, 1, 128)
+        if any(not text for text in self.bad_words):
+            raise RequestError("bad_words: an empty text would ban everything; remove it.")
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop everything at once; remove it.")
 
@@ -95,6 +108,16 @@ class Request:
     params: SamplingParams
     eos_ids: tuple[int, ...] = ()
     """Tokens that end the sequence unless ``ignore_eos``."""
+    bad_ids: tuple[tuple[int, ...], ...] = ()
+    """``bad_words`` in token ids."""
+    priority: int = 0
+    """Lower is served first; equals in order of arrival."""
+    choice: int = 0
+    """Number of this answer among the ``n`` to the same prompt: part of the key of its noise."""
+    hints: tuple[tuple[int, str], ...] = ()
+    """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
+    score_only: bool = False
+    """Report the log-probabilities of the prompt and generate nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +137,13 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    """Prompt tokens that were not computed because a snapshot held them."""
     reasoning_tokens: int = 0
+    drafted_tokens: int = 0
+    """Drafts of the MTP head that were verified."""
+    accepted_tokens: int = 0
+    """Of those, the ones that are part of the answer."""
+    forced_tokens: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Plain numbers for JSON, the sum included."""
@@ -124,6 +153,9 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "cached_tokens": self.cached_tokens,
             "reasoning_tokens": self.reasoning_tokens,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "forced_tokens": self.forced_tokens,
         }
 
 
@@ -138,3 +170,5 @@ class Event:
     """None while the request runs."""
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """For the prompt's tokens from the second on; only in the last event before the answer."""

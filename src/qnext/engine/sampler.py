@@ -2,8 +2,11 @@
 
 Sampling adds Gumbel noise to the filtered log-probabilities and takes the largest. The noise is a
 function of (seed, output index, token id) and of nothing else, so a seeded request gives the same
-tokens in any batch and in any order of steps; temperature 0 is the same rule without noise.
-Order: bias -> minimum length -> penalties -> temperature -> min_p -> top_k -> top_p -> noise.
+tokens in any batch and in any order of steps; temperature 0 is the same rule without noise. A
+draft is sampled with the very noise of the position it is for, and is accepted only when it equals
+what the model itself samples there: sharing noise is right for that rule and for no other.
+Order: bias -> bans -> penalties -> temperature -> min_p -> top_k -> top_p -> noise -> largest.
+Of equal scores the lower id wins.
 """
 
 from collections import Counter
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from qnext.engine.request import SamplingParams, TokenLogprobs
 
+WIDEST = 256
+"""Rows with at most this top_k are filtered together."""
+
 
 @dataclass(kw_only=True, slots=True)
 class SampleRow:
@@ -24,64 +30,149 @@ class SampleRow:
     seed: int
     index: int
     """Number of tokens already generated: the counter of the noise."""
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] = ()
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated."""
+    recent: Sequence[int] = ()
+    """The tokens before this one, as far as bad words reach back."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that may not be chosen before ``min_tokens``."""
+    bad_words: Sequence[tuple[int, ...]] = ()
+    """Token sequences that may not be completed."""
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether anything but temperature and filters touches the logits."""
+        p = self.params
+        return bool(
+            p.logit_bias
+            or self.bad_words
+            or p.repetition_penalty != 1.0
+            or ((p.presence_penalty or p.frequency_penalty) and self.counts)
+            or (self.index < p.min_tokens and self.stop_ids)
+        )
 
 
-def sample(
-    logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int
-) -> list[tuple[int, TokenLogprobs | None]]:
+def sample(logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int) -> list[int]:
     """Choose one token per row of logits [R, V].
 
     ``defined_ids`` is the number of ids the tokenizer knows; the padded rest of the vocabulary is
-    never chosen. Returns (token id, log-probabilities if asked for) per row.
+    never chosen.
     """
-    logits = logits.float()
-    results = []
+    scores = logits[:, :defined_ids].float()
+    adjusted = [r for r, row in enumerate(rows) if row.is_adjusted]
+    if adjusted:
+        scores = scores.clone()
+        for r in adjusted:
+            _adjust(scores[r], rows[r])
+    chosen = [0] * len(rows)
+    greedy = [r for r, row in enumerate(rows) if row.params.temperature == 0.0]
+    if greedy:
+        # max is not bound to return the first of equals; argmax over a comparison is.
+        part = scores if len(greedy) == len(rows) else scores[greedy]
+        first = (part == part.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
+        for r, token in zip(greedy, first.tolist(), strict=True):
+            chosen[r] = token
+    narrow = [r for r, row in enumerate(rows) if _is_narrow(row, scores.shape[1])]
+    if narrow:
+        for r, token in zip(narrow, _sample_narrow(scores, rows, narrow), strict=True):
+            chosen[r] = token
+    done = {*greedy, *narrow}
     for r, row in enumerate(rows):
-        raw_V = logits[r]
-        token = _choose(raw_V, row, defined_ids)
-        results.append((token, _logprobs(raw_V, token, row.params.logprobs)))
-    return results
+        if r not in done:
+            chosen[r] = _sample_one(scores[r], row)
+    return chosen
 
 
-def _choose(raw_V: Tensor, row: SampleRow, defined_ids: int) -> int:
+def logprobs_of(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
+    """Under the unmodified logits [R, V]: one token of each row and the best ``tops[r]``."""
+    if not tokens:
+        return []
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    most = max(tops)
+    values, ids = logprobs.topk(most) if most else (None, None)
+    found = []
+    for r, token in enumerate(tokens):
+        top: tuple[tuple[int, float], ...] = ()
+        if tops[r] and values is not None and ids is not None:
+            pairs = zip(ids[r, : tops[r]].tolist(), values[r, : tops[r]].tolist(), strict=True)
+            top = tuple(pairs)
+        found.append(TokenLogprobs(token_id=token, logprob=own[r], top=top))
+    return found
+
+
+def _adjust(scores_V: Tensor, row: SampleRow) -> None:
+    """Bias, bans and penalties, in place."""
     params = row.params
-    scores_V = _adjusted(raw_V, row, defined_ids)
-    if params.temperature == 0.0:
-        return int(scores_V.argmax())
-    ids, scores = _filtered(scores_V / params.temperature, params)
-    noise = gumbel_noise(seed=row.seed, index=row.index, ids=ids)
-    return int(ids[(scores + noise).argmax()])
-
-
-def _adjusted(raw_V: Tensor, row: SampleRow, defined_ids: int) -> Tensor:
-    """Bias, bans and penalties applied to a copy of the logits."""
-    params, scores_V = row.params, raw_V.clone()
     for token, bias in params.logit_bias.items():
-        scores_V[token] += bias
-    scores_V[defined_ids:] = float("-inf")
+        if token < scores_V.shape[0]:
+            scores_V[token] += bias
+    for word in row.bad_words:
+        before = tuple(row.recent[len(row.recent) - len(word) + 1 :]) if len(word) > 1 else ()
+        if before == word[:-1]:
+            scores_V[word[-1]] = float("-inf")
     if row.index < params.min_tokens and row.stop_ids:
-        scores_V[list(row.stop_ids)] = float("-inf")
+        scores_V[[token for token in row.stop_ids if token < scores_V.shape[0]]] = float("-inf")
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.counts}), device=raw_V.device)
+        seen = torch.tensor(sorted({*row.prompt_ids, *row.counts}), device=scores_V.device)
+        seen = seen[seen < scores_V.shape[0]]
         values = scores_V[seen]
         scale = params.repetition_penalty
         scores_V[seen] = torch.where(values > 0, values / scale, values * scale)
     if row.counts and (params.presence_penalty or params.frequency_penalty):
-        tokens = torch.tensor(list(row.counts), device=raw_V.device)
-        counts = torch.tensor(list(row.counts.values()), device=raw_V.device, dtype=torch.float32)
+        tokens = torch.tensor(list(row.counts), device=scores_V.device)
+        counts = torch.tensor(list(row.counts.values()), device=scores_V.device).float()
         scores_V[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-    return scores_V
 
 
-def _filtered(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The surviving token ids and their scores, likeliest first; ties go to the lower id."""
-    scores, ids = scores_V.sort(descending=True, stable=True)
-    keep = torch.isfinite(scores)
+def _is_narrow(row: SampleRow, width: int) -> bool:
+    p = row.params
+    return p.temperature > 0.0 and 0 < p.top_k <= min(WIDEST, width - 1)
+
+
+def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[int]) -> list[int]:
+    """All rows with a small top_k at once, on their largest scores only."""
+    some = [rows[r] for r in narrow]
+    device = scores.device
+    k_R1 = torch.tensor([[row.params.top_k] for row in some], device=device)
+    most = int(k_R1.max())
+    values, ids = scores[list(narrow)].topk(most + 1, dim=-1)
+    # Into the order (score descending, id ascending), whatever order topk gave equal scores.
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, by_value)
+    tied = (values.gather(1, k_R1 - 1) == values.gather(1, k_R1))[:, 0].tolist()
+    values, ids = values[:, :most], ids[:, :most]
+    temperature_R1 = torch.tensor([[row.params.temperature] for row in some], device=device)
+    values = values / temperature_R1
+    keep = torch.arange(most, device=device) < k_R1
+    keep &= values.isfinite()
+    probabilities = values.softmax(-1)
+    min_p_R1 = torch.tensor([[row.params.min_p] for row in some], device=device)
+    # min_p looks at the whole distribution, but relative to its largest: the sum cancels.
+    keep &= probabilities >= min_p_R1 * probabilities[:, :1]
+    top_p_R1 = torch.tensor([[row.params.top_p] for row in some], device=device)
+    probabilities = values.masked_fill(~keep, float("-inf")).softmax(-1)
+    keep &= (top_p_R1 >= 1.0) | (probabilities.cumsum(-1) - probabilities < top_p_R1)
+    keep[:, 0] = True
+    noise = gumbel_noise(
+        seeds=[row.seed for row in some], indices=[row.index for row in some], ids=ids
+    )
+    best = (values + noise).masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
+    chosen = ids.gather(1, best)[:, 0].tolist()
+    for i, is_tied in enumerate(tied):
+        if is_tied:
+            # Several tokens share the last place: the rule of the lower id needs the whole row.
+            chosen[i] = _sample_one(scores[narrow[i]], some[i])
+    return chosen
+
+
+def _sample_one(scores_V: Tensor, row: SampleRow) -> int:
+    """One row by the definition: sort everything, filter, add noise."""
+    params = row.params
+    scores, ids = (scores_V / params.temperature).sort(descending=True, stable=True)
+    keep = scores.isfinite()
     if params.min_p > 0.0:
         probabilities = scores.softmax(-1)
         keep &= probabilities >= params.min_p * probabilities[0]
@@ -92,40 +183,31 @@ def _filtered(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]
         # A token stays if the likelier ones before it do not reach top_p yet.
         keep &= probabilities.cumsum(-1) - probabilities < params.top_p
     keep[0] = True
-    return ids[keep], scores[keep]
-
-
-def _logprobs(raw_V: Tensor, token: int, top: int | None) -> TokenLogprobs | None:
-    if top is None:
-        return None
-    logprobs_V = raw_V.log_softmax(-1)
-    values, ids = logprobs_V.topk(top)
-    return TokenLogprobs(
-        token_id=token,
-        logprob=float(logprobs_V[token]),
-        top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
-    )
+    ids, scores = ids[keep], scores[keep]
+    noise = gumbel_noise(seeds=[row.seed], indices=[row.index], ids=ids[None])[0]
+    return int(ids[(scores + noise).argmax()])
 
 
 _MASK = 0xFFFFFFFF
 
 
-def gumbel_noise(*, seed: int, index: int, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 [n], for token ids [n] at one output position.
+def gumbel_noise(*, seeds: Sequence[int], indices: Sequence[int], ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32 [R, n], for token ids [R, n]; row r at output ``indices[r]``.
 
     Counter-based (Philox 4x32 with ten rounds; Salmon et al. 2011): no state, any order.
     """
-    bits = philox(
-        counter=(ids.long() & _MASK, torch.full_like(ids, index).long() & _MASK),
-        key=(seed & _MASK, (seed >> 32) & _MASK),
-    )
+    device = ids.device
+    index_R1 = torch.tensor([[index & _MASK] for index in indices], device=device)
+    low_R1 = torch.tensor([[seed & _MASK] for seed in seeds], device=device)
+    high_R1 = torch.tensor([[(seed >> 32) & _MASK] for seed in seeds], device=device)
+    bits = philox(counter=(ids & _MASK, index_R1.expand_as(ids)), key=(low_R1, high_R1))
     # 24 bits, shifted by half a step, so that the uniform never is exactly 0 or 1.
     uniform = ((bits >> 8).double() + 0.5) / (1 << 24)
     return -torch.log(-torch.log(uniform)).float()
 
 
-def philox(*, counter: tuple[Tensor, Tensor], key: tuple[int, int]) -> Tensor:
-    """First 32-bit word of Philox 4x32-10 for counters (c0, c1, 0, 0), as int64."""
+def philox(*, counter: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """First 32-bit word of Philox 4x32-10 for counters (c0, c1, 0, 0), int64 in and out."""
     c0, c1 = counter
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = key

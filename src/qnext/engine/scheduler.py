@@ -1,34 +1,80 @@
-"""Who runs in the next step: admission by memory, then rows under a token budget.
+"""Who runs in the next step, and with which memory.
 
-Every running request that has its whole prompt in the cache gets one row; what is left of the
-budget goes to prompts, oldest first, in chunks. A request is admitted when a state slot and all
-pages it can ever need are free, so that nothing admitted ever has to be thrown out. Waiting
-requests are admitted strictly in order of arrival.
+One step has a budget of rows. Every sequence that decodes gets one; prompts share the rest, oldest
+first, at least ``PREFILL_ROWS`` while one waits; drafts take what remains. Requests are admitted by
+priority and arrival when a slot and the pages of their prompt are there. When pages run out, cached
+prefixes go first, then the youngest sequence of the lowest class is *parked*: its state becomes a
+snapshot, and it comes back like any prompt that finds one. The oldest of the highest class is never
+parked, and a request that could not run alone is refused, so everything admitted ends.
+
+No torch here: tensors are moved by the ``slots`` object (the runner).
 """
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from qnext.engine.blocks import PagePool
-from qnext.engine.request import Request
+from qnext.engine.prefix import CLOSE_TOKENS, PrefixCache, Snapshot
+from qnext.engine.request import Request, TokenLogprobs
 from qnext.errors import RequestError
 
+PREFILL_ROWS = 64
+"""Rows of a step that drafts leave to a waiting prompt."""
+MAX_BYPASS = 8
+"""How often a request that does not fit may be overtaken."""
+MAX_SNAPSHOTS = 4
+"""Snapshots a single prompt may plant."""
+MIN_RUN_TOKENS = 64
+"""Tokens a sequence gets after coming back before it may be parked again."""
 
-@dataclass(kw_only=True, slots=True)
+
+class SlotOps(Protocol):
+    """What the scheduler needs done to tensors."""
+
+    def open(self) -> int: ...
+    def resume(self, snapshot_slot: int) -> int: ...
+    def close(self, slot: int) -> None: ...
+    def copy_slot(self, source: int, target: int) -> None: ...
+    def copy_page(self, source: int, target: int) -> None: ...
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
     """A request inside the engine: its tokens, where they are, and what it holds."""
 
     request: Request
     seed: int
     max_tokens: int
+    arrival: int
     slot: int | None = None
-    """Its place in the cache, given by the engine once it is admitted."""
+    """Its place in the cache while it runs."""
     pages: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token was generated."""
     done: int = 0
-    """Tokens that are in the cache."""
+    """Tokens whose keys, values and state are in the cache."""
+    mtp_len: int = 1
+    """Next position the MTP layer has not read."""
+    mtp_first: int = 1
+    """First position whose MTP keys and values exist."""
+    drafts: list[int] = field(default_factory=list)
+    """Proposed tokens after the newest one."""
+    cached: int | None = None
+    """Prompt tokens that came from a snapshot; None before the first admission."""
+    known: int = 0
+    """Prompt tokens that had been seen before, reused or not."""
+    drafted: int = 0
+    accepted: int = 0
+    plants: list[tuple[int, str]] = field(default_factory=list)
+    """(length, why) of snapshots still to be taken while its prompt runs."""
+    ran: int = 0
+    """Tokens run since it was last admitted."""
+    bypassed: int = 0
+    parked: int = 0
+    """How often it was parked."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -36,29 +82,30 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
-    def most(self) -> int:
-        """Tokens it can have at the end."""
-        return len(self.request.prompt_ids) + self.max_tokens
+    def order(self) -> tuple[int, int]:
+        """Smaller is served first."""
+        return (self.request.priority, self.arrival)
 
-    def tokens(self, start: int, count: int) -> list[int]:
-        """``count`` token ids from position ``start`` of prompt and output."""
-        prompt = self.request.prompt_ids
-        if start >= len(prompt):
-            return self.output_ids[start - len(prompt) : start - len(prompt) + count]
-        ids = list(prompt[start : start + count])
-        return ids + self.output_ids[: count - len(ids)]
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions start ... end - 1 of prompt and output."""
+        prompt, split = self.request.prompt_ids, len(self.request.prompt_ids)
+        if start >= split:
+            return self.output_ids[start - split : end - split]
+        return [*prompt[start:end], *self.output_ids[: max(end - split, 0)]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """One step: which sequences run, and how many new tokens of each."""
+class Item:
+    """What one sequence does in a step: so many tokens from ``done`` on, drafts included."""
 
-    sequences: tuple[Sequence, ...]
-    counts: tuple[int, ...]
+    sequence: Sequence
+    count: int
+    captures: tuple[tuple[int, str, int], ...] = ()
+    """(length, why, slot) of snapshots to take on the way."""
 
 
 class Scheduler:
-    """Queues and pages of all requests; it owns no tensor.
+    """Queues, slots and pages of all requests; it owns no tensor.
 
     ``max_batch_tokens`` exceeds ``num_slots``, so that a prompt always makes progress beside the
     sequences that decode.
@@ -67,11 +114,15 @@ class Scheduler:
     def __init__(
         self,
         *,
+        slots: SlotOps,
         num_slots: int,
-        num_pages: int,
+        pool: PagePool,
+        prefix: PrefixCache,
         page_size: int,
         max_batch_tokens: int,
         max_model_len: int,
+        max_drafts: int,
+        interval: int = 0,
     ) -> None:
         if max_batch_tokens <= num_slots:
             raise RequestError(
@@ -79,12 +130,16 @@ class Scheduler:
                 f"({num_slots}): every running sequence needs one row per step and a waiting "
                 "prompt needs room beside them."
             )
-        self.page_size, self.max_model_len = page_size, max_model_len
-        self.max_batch_tokens = max_batch_tokens
-        self.pool = PagePool(num_pages)
-        self.num_slots = num_slots
-        self.waiting: deque[Sequence] = deque()
+        self.slots, self.pool, self.prefix = slots, pool, prefix
+        self.num_slots, self.page_size = num_slots, page_size
+        self.max_model_len, self.max_batch_tokens = max_model_len, max_batch_tokens
+        self.max_drafts, self.interval = max_drafts, interval
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.parkings = 0
+        self._arrivals = 0
+
+    # -- requests --------------------------------------------------------------------------------
 
     def add(self, request: Request, seed: int) -> Sequence:
         """Queue a request; RequestError when it could never run."""
@@ -93,63 +148,255 @@ class Scheduler:
             raise RequestError(
                 "the prompt is empty: it must have at least one token. Give some text."
             )
-        if prompt >= self.max_model_len:
+        if prompt >= self.max_model_len and not request.score_only:
             raise RequestError(
                 f"the prompt has {prompt} tokens and the context holds {self.max_model_len}, of "
                 "which at least one must be left to answer. Shorten the prompt or raise "
                 "max_model_len."
             )
+        if prompt > self.max_model_len:
+            raise RequestError(
+                f"the text has {prompt} tokens and the context holds {self.max_model_len}. "
+                "Shorten it or raise max_model_len."
+            )
         room = self.max_model_len - prompt
         wanted = request.params.max_tokens
-        sequence = Sequence(
-            request=request, seed=seed, max_tokens=room if wanted is None else min(wanted, room)
-        )
-        need = self._pages(sequence.most)
+        most = room if wanted is None else min(wanted, room)
+        self._arrivals += 1
+        sequence = Sequence(request=request, seed=seed, max_tokens=most, arrival=self._arrivals)
+        # One page more than its tokens fill: the copy of a page it shares in part.
+        need = self._pages(prompt + most + self.max_drafts) + 1
         if need > self.pool.num_pages:
-            held = self.pool.num_pages * self.page_size
+            held = (self.pool.num_pages - 1) * self.page_size
             raise RequestError(
-                f"prompt ({prompt} tokens) plus max_tokens ({sequence.max_tokens}) need {need} "
-                f"pages, the memory budget holds {self.pool.num_pages} ({held} tokens). Lower "
+                f"prompt ({prompt} tokens) plus max_tokens ({most}) need {need} pages, the memory "
+                f"budget holds {self.pool.num_pages} ({held} tokens for one request). Lower "
                 "max_tokens or raise the memory budget."
             )
         self.waiting.append(sequence)
         return sequence
 
-    def plan(self) -> Plan:
-        """Choose the next step."""
-        self._admit()
-        budget = self.max_batch_tokens
-        chosen: list[tuple[Sequence, int]] = []
-        decoding = [s for s in self.running if s.length - s.done == 1]
-        prefilling = [s for s in self.running if s.length - s.done > 1]
-        for sequence in decoding[:budget]:
-            chosen.append((sequence, 1))
-        budget -= len(chosen)
-        for sequence in prefilling:
-            count = min(budget, sequence.length - sequence.done)
-            if count > 0:
-                chosen.append((sequence, count))
-                budget -= count
-        return Plan(sequences=tuple(s for s, _ in chosen), counts=tuple(n for _, n in chosen))
-
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds, wherever it is."""
-        if sequence.pages:
-            self.running.remove(sequence)
-            self.pool.give_back(sequence.pages)
-            sequence.pages = []
-        else:
+        if sequence.slot is None:
             self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._drop(sequence)
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def plan(self) -> list[Item]:
+        """Choose the next step; admits, parks and evicts as needed."""
+        self._admit()
+        self._fit_pages()
+        budget = self.max_batch_tokens
+        decoding = [s for s in self.running if s.length - s.done == 1]
+        prefilling = [s for s in self.running if s.length - s.done > 1]
+        budget -= len(decoding)
+        reserve = min(PREFILL_ROWS, budget) if prefilling else 0
+        items = []
+        for sequence in decoding:
+            drafts = min(len(sequence.drafts), budget - reserve)
+            del sequence.drafts[max(drafts, 0) :]
+            budget -= len(sequence.drafts)
+            items.append(Item(sequence=sequence, count=1 + len(sequence.drafts)))
+        for sequence in prefilling:
+            sequence.drafts.clear()
+            count = self._chunk(sequence, budget)
+            if count:
+                budget -= count
+                end = sequence.done + count
+                items.append(
+                    Item(sequence=sequence, count=count, captures=self._captures(sequence, end))
+                )
+        return items
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Rows of a prompt in this step: on the page grid unless it ends the prompt."""
+        left = sequence.length - sequence.done
+        if left <= budget:
+            return left
+        end = sequence.done + budget
+        on_grid = end - end % self.page_size
+        return on_grid - sequence.done if on_grid > sequence.done else budget
+
+    def _captures(self, sequence: Sequence, end: int) -> tuple[tuple[int, str, int], ...]:
+        """Snapshots to take before position ``end``; each gets its slot now."""
+        taken = []
+        for length, why in list(sequence.plants):
+            if length > end:
+                continue
+            sequence.plants.remove((length, why))
+            if length <= sequence.done or self.prefix.holds(sequence.tokens(0, length)):
+                continue
+            slot = self.prefix.take_slot()
+            if slot is not None:
+                taken.append((length, why, slot))
+        return tuple(taken)
+
+    # -- admission -------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.num_slots:
-            sequence = self.waiting[0]
-            need = self._pages(sequence.most)
-            if need > self.pool.free:
+        self.waiting.sort(key=lambda s: s.order)
+        blocked: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.num_slots:
                 return
-            self.waiting.popleft()
-            sequence.pages = self.pool.take(need)
-            self.running.append(sequence)
+            if any(one.bypassed >= MAX_BYPASS for one in blocked):
+                return
+            if self._try_admit(sequence):
+                for one in blocked:
+                    one.bypassed += 1
+            else:
+                blocked.append(sequence)
+
+    def _try_admit(self, sequence: Sequence) -> bool:
+        ids = sequence.tokens(0, sequence.length)
+        snapshot = None
+        known = 0
+        if sequence.request.params.prompt_logprobs is None and not sequence.request.score_only:
+            match = self.prefix.match(ids)
+            known, snapshot = match.known, match.snapshot
+        if snapshot is not None:
+            snapshot.pinned += 1
+        try:
+            shared = snapshot.length // self.page_size if snapshot else 0
+            need = self._pages(sequence.length + self.max_drafts) - shared
+            watermark = len(self.running)
+            if self.pool.free < need + watermark and (
+                self.pool.free + self.prefix.evictable() < need + watermark
+                or not self.prefix.make_room(need + watermark)
+            ):
+                return False
+            self._start(sequence, snapshot, need)
+        finally:
+            if snapshot is not None:
+                snapshot.pinned -= 1
+        if sequence.cached is None:
+            sequence.cached = snapshot.length if snapshot else 0
+            sequence.known = min(known, len(ids) - 1)
+        sequence.plants = self._plants(sequence, known)
+        return True
+
+    def _start(self, sequence: Sequence, snapshot: Snapshot | None, need: int) -> None:
+        """Give a sequence its slot and pages, from a snapshot or from nothing."""
+        fresh = self.pool.take(need)
+        if snapshot is None:
+            sequence.slot = self.slots.open()
+            sequence.pages = fresh
+            sequence.done, sequence.mtp_len, sequence.mtp_first = 0, 1, 1
+        else:
+            full, part = divmod(snapshot.length, self.page_size)
+            shared = snapshot.pages[:full]
+            self.pool.share(shared)
+            if part:
+                # A page that is not full gets another owner's tokens: copied, never shared.
+                self.slots.copy_page(snapshot.pages[full], fresh[0])
+            sequence.slot = self.slots.resume(snapshot.slot)
+            sequence.pages = [*shared, *fresh]
+            sequence.done = sequence.mtp_len = snapshot.length
+            sequence.mtp_first = snapshot.mtp_first
+            self.prefix.use(snapshot)
+        sequence.ran, sequence.bypassed = 0, 0
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.order)
+
+    def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
+        """Where this prompt should leave snapshots, the most useful first, in order of length."""
+        prompt = len(sequence.request.prompt_ids)
+        if not self.prefix.num_slots:
+            return []
+        wanted = [(n, why) for n, why in sequence.request.hints if 0 < n <= prompt]
+        branch = min(known, prompt - 1)
+        if branch - sequence.done >= CLOSE_TOKENS:
+            wanted.append((branch, "branch"))
+        if not sequence.request.hints:
+            wanted.append((prompt, "stable"))
+        chosen: dict[int, str] = {}
+        for length, why in wanted:
+            if length > sequence.done and len(chosen) < MAX_SNAPSHOTS:
+                chosen.setdefault(length, why)
+        if self.interval:
+            for length in range(self.interval, prompt + 1, self.interval):
+                if length > sequence.done:
+                    chosen.setdefault(length, "interval")
+        return sorted(chosen.items())
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _fit_pages(self) -> None:
+        """Make sure that every running sequence can write its next tokens."""
+        for sequence in list(self.running):
+            if sequence.slot is None:
+                continue  # parked meanwhile
+            need = self._pages(sequence.length + self.max_drafts)
+            missing = need - len(sequence.pages)
+            while missing > 0 and not self._have(missing):
+                victim = self._victim()
+                self.park(victim)
+                if victim is sequence:
+                    break
+            if sequence.slot is not None and missing > 0:
+                sequence.pages.extend(self.pool.take(missing))
+
+    def _have(self, pages: int) -> bool:
+        return self.pool.free >= pages or self.prefix.make_room(pages)
+
+    def _victim(self) -> Sequence:
+        """The youngest of the lowest class, preferring those that have run a while."""
+        candidates = sorted(self.running, key=lambda s: s.order)[1:]
+        assert candidates, "a sequence that runs alone fits: add() has checked it"
+        rested = [s for s in candidates if s.ran >= MIN_RUN_TOKENS]
+        return (rested or candidates)[-1]
+
+    def park(self, sequence: Sequence) -> None:
+        """Take a running sequence off; its state becomes a snapshot if there is room for one."""
+        ids = sequence.tokens(0, sequence.done)
+        if sequence.done and not self.prefix.holds(ids):
+            self.plant_here(sequence, "parked")
+        self.running.remove(sequence)
+        self._drop(sequence)
+        sequence.drafts.clear()
+        sequence.done = 0
+        sequence.parked += 1
+        self.parkings += 1
+        self.waiting.append(sequence)
+
+    def plant_here(self, sequence: Sequence, why: str) -> None:
+        """Take a snapshot of a running sequence where it is."""
+        assert sequence.slot is not None
+        ids = sequence.tokens(0, sequence.done)
+        if not ids or self.prefix.holds(ids):
+            return
+        slot = self.prefix.take_slot()
+        if slot is None:
+            return
+        self.slots.copy_slot(sequence.slot, slot)
+        self.plant(sequence, sequence.done, why, slot)
+
+    def plant(self, sequence: Sequence, length: int, why: str, slot: int) -> None:
+        """Enter a state that was saved to ``slot`` into the prefix cache."""
+        ids = sequence.tokens(0, length)
+        if self.prefix.holds(ids):
+            self.prefix.return_slot(slot)
+            return
+        complete = sequence.mtp_len >= length
+        self.prefix.insert(
+            ids,
+            slot=slot,
+            pages=sequence.pages[: self._pages(length)],
+            mtp_first=sequence.mtp_first if complete else length,
+            why=why,
+            cost_s=float(length),
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.slots.close(sequence.slot)
+        self.pool.give_back(sequence.pages)
+        sequence.slot, sequence.pages = None, []
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qnext.config import ModelConfig
 from qnext.model.batch import TokenBatch
-from qnext.model.cache import CacheView
 from qnext.model.layers import RmsNorm, Taps
+from qnext.model.view import CacheView
 from qnext.ops import Ops
 from qnext.ops.attention import attention_weights
 
@@ -64,6 +64,7 @@ class GatedAttention(nn.Module):
                 pages=view.write_kv(self.cache_layer, k_PGH, v_PGH),
                 page_table=view.page_table,
                 before=view.before,
+                first=view.first,
                 scale=self.scale,
                 segments=batch.segments,
             )

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from qnext.config import ModelConfig
 from qnext.model.attention import GatedAttention
 from qnext.model.batch import TokenBatch
-from qnext.model.cache import CacheView
 from qnext.model.deltanet import GatedDeltaNet
 from qnext.model.layers import Mlp, RmsNorm, Taps
 from qnext.model.moe import SparseMoe
+from qnext.model.view import CacheView
 from qnext.ops import Ops
 
 

@@ -2,26 +2,31 @@
 
 Three memories. Attention layers keep keys and values of every token, in pages. Delta layers keep
 one matrix per head and the last few inputs of their convolution, in slots of fixed size. The last
-hidden row of the sequence is kept for the multi-token-prediction head. This file owns the tensors
+hidden row of a sequence is kept for the multi-token-prediction head. This file owns the tensors
 and knows no requests; which page belongs to whom is decided by the engine.
 
 A step is: ``view`` -> the model runs -> ``keep``. ``keep(counts)`` makes the first ``counts[b]``
 tokens of sequence b permanent and forgets the rest. Keys and values need no undoing, their length
-shrinks. The recurrent state cannot be cropped, so a speculative view leaves it untouched while the
-model runs and ``keep`` replays the accepted tokens onto it.
+shrinks. The recurrent state cannot be cropped: a speculative sequence leaves it untouched while
+the model runs, and ``keep`` either picks the state it had after the kept tokens ("snapshots") or
+applies the kept tokens once more ("replay"). Both give the same bits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qnext.config import ModelConfig
+from qnext.model.view import CacheView, Capture, rounds_of
 from qnext.ops import Ops, Segments, select
 
 PAGE_SIZE = 64
 """Tokens of a page; equal to the chunk length of the delta layers."""
+
+Rollback = Literal["snapshots", "replay"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,57 +40,6 @@ class Saved:
     """[delta layers, J-1, ch]."""
     last_hidden: Tensor
     """[D]: output of the final norm at the last token."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CacheView:
-    """What the layers read and write in one step of some sequences."""
-
-    cache: "HybridCache"
-    slots: tuple[int, ...]
-    page_table: Tensor
-    """[B, max pages] int64."""
-    before: tuple[int, ...]
-    """Tokens each sequence already has in the cache."""
-    segments: Segments
-    speculative: bool
-    _slot_index: Tensor
-    _target_pages: Tensor
-    _target_offsets: Tensor
-    _inputs: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    _hidden: Tensor | None = None
-
-    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v [P, G, H] of attention layer number ``layer``; return that layer's pages.
-
-        Returned shape: [pages, 2, page size, G, H].
-        """
-        pages = self.cache.kv[:, layer]
-        pages[self._target_pages, 0, self._target_offsets] = k.to(pages.dtype)
-        pages[self._target_pages, 1, self._target_offsets] = v.to(pages.dtype)
-        return pages
-
-    def read_state(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Convolution window [B, J-1, ch] and state [B, W, K, M] of delta layer ``layer``."""
-        index = self._slot_index
-        return self.cache.conv[layer, index], self.cache.recurrent[layer, index]
-
-    def write_state(
-        self, layer: int, conv: Tensor, recurrent: Tensor, inputs: tuple[Tensor, ...]
-    ) -> None:
-        """Store the state after this step, or what is needed to replay a part of it.
-
-        ``inputs`` are the convolution inputs [P, ch] and k, v, g, beta of the delta rule.
-        """
-        if self.speculative:
-            self._inputs[layer] = inputs
-        else:
-            self.cache.conv[layer, self._slot_index] = conv.to(self.cache.conv.dtype)
-            self.cache.recurrent[layer, self._slot_index] = recurrent
-
-    def remember(self, hidden: Tensor) -> None:
-        """Note the final hidden rows [P, D] of this step; ``keep`` stores the last kept one."""
-        self._hidden = hidden
 
 
 class HybridCache:
@@ -106,10 +60,12 @@ class HybridCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         ops: Ops | None = None,
+        rollback: Rollback = "snapshots",
     ) -> None:
         self.config, self.page_size = config, page_size
         self.num_slots, self.num_pages = num_slots, num_pages
         self.ops = ops or select()
+        self.rollback: Rollback = rollback
         attention_layers = len(config.attention_layers) + config.num_mtp_layers
         delta_layers = len(config.delta_layers)
         heads = config.linear_num_value_heads
@@ -129,6 +85,8 @@ class HybridCache:
         self._lengths = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._open_view: CacheView | None = None
+
+    # -- slots -----------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -164,84 +122,20 @@ class HybridCache:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def view(
-        self,
-        slots: Sequence[int],
-        page_table: Tensor,
-        segments: Segments,
-        *,
-        speculative: bool = False,
-    ) -> CacheView:
-        """Prepare one step: ``segments.lengths[b]`` new tokens for the sequence in ``slots[b]``.
-
-        ``page_table`` [B, max pages] must cover the new tokens. With ``speculative`` any number of
-        the new tokens may be dropped by ``keep``; without, all of them are kept.
-        """
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy state and length of one slot to another; both belong to the same prefix now."""
         assert self._open_view is None, "keep() of the previous step has not been called"
-        assert len(slots) == segments.count == page_table.shape[0], (len(slots), segments.count)
-        before = tuple(self._lengths[slot] for slot in slots)
-        for b, (past, new) in enumerate(zip(before, segments.lengths, strict=True)):
-            assert self.pages_for(past + new) <= page_table.shape[1], (b, past, new)
-        ids = segments.ids()
-        positions = segments.offsets() + torch.tensor(before, device=segments.device)[ids]
-        view = CacheView(
-            cache=self,
-            slots=tuple(slots),
-            page_table=page_table,
-            before=before,
-            segments=segments,
-            speculative=speculative,
-            _slot_index=torch.tensor(list(slots), device=segments.device),
-            _target_pages=page_table[ids, positions // self.page_size],
-            _target_offsets=positions % self.page_size,
-        )
-        self._open_view = view
-        return view
+        self.recurrent[:, target] = self.recurrent[:, source]
+        self.conv[:, target] = self.conv[:, source]
+        self.last_hidden[target] = self.last_hidden[source]
+        self._lengths[target] = self._lengths[source]
 
-    def keep(self, counts: Sequence[int] | None = None) -> None:
-        """Make the first ``counts[b]`` tokens of the last view permanent, forget the rest.
-
-        None keeps everything.
-        """
-        view, self._open_view = self._open_view, None
-        assert view is not None, "keep() without a view"
-        lengths = view.segments.lengths
-        kept = lengths if counts is None else tuple(counts)
-        assert len(kept) == len(lengths), (kept, lengths)
-        assert all(0 <= n <= t for n, t in zip(kept, lengths, strict=True)), (kept, lengths)
-        if view.speculative:
-            self._replay(view, kept)
-        else:
-            assert kept == lengths, "tokens can only be dropped from a speculative view"
-        starts = view.segments.starts
-        for b, slot in enumerate(view.slots):
-            self._lengths[slot] = view.before[b] + kept[b]
-            if kept[b] and view._hidden is not None:
-                self.last_hidden[slot] = view._hidden[starts[b] + kept[b] - 1]
-
-    def _replay(self, view: CacheView, kept: tuple[int, ...]) -> None:
-        """Apply the kept tokens to the untouched state, token by token as decoding would."""
-        if not any(kept):
-            return
-        device = view.segments.device
-        starts = view.segments.starts
-        rows = torch.cat([torch.arange(starts[b], starts[b] + n) for b, n in enumerate(kept)])
-        rows = rows.to(device)
-        segments = Segments.of(kept, device)
-        history = self.conv.shape[2]
-        tail = segments.tail_table(history)
-        for layer, inputs in view._inputs.items():
-            x, k, v, g, beta = (tensor[rows] for tensor in inputs)
-            conv, recurrent = view.read_state(layer)
-            _, recurrent = self.ops.gated_delta_step(
-                q=k, k=k, v=v, g=g, beta=beta, state=recurrent, segments=segments
-            )
-            window = torch.cat((conv.flatten(0, 1), x.to(conv.dtype)))[tail]
-            self.recurrent[layer, view._slot_index] = recurrent
-            self.conv[layer, view._slot_index] = window
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy the keys and values of one page, all layers."""
+        self.kv[target] = self.kv[source]
 
     def save(self, slot: int) -> Saved:
-        """Copy the state of a sequence, for prefix reuse or preemption; its pages stay its own."""
+        """Copy the state of a sequence out of the cache; its pages stay its own."""
         assert self._open_view is None, "keep() of the previous step has not been called"
         return Saved(
             length=self._lengths[slot],
@@ -256,3 +150,131 @@ class HybridCache:
         self.conv[:, slot] = saved.conv
         self.last_hidden[slot] = saved.last_hidden
         self._lengths[slot] = saved.length
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def view(
+        self,
+        slots: Sequence[int],
+        page_table: Tensor,
+        segments: Segments,
+        *,
+        speculative: bool | Sequence[bool] = False,
+        captures: Sequence[Capture] = (),
+    ) -> CacheView:
+        """Prepare one step: ``segments.lengths[b]`` new tokens for the sequence in ``slots[b]``.
+
+        ``page_table`` [B, max pages] must cover the new tokens. Of a speculative sequence any
+        number of new tokens may be dropped by ``keep``; of the others all are kept. ``captures``
+        ask for a copy of a sequence's state in the middle of its new tokens.
+        """
+        assert self._open_view is None, "keep() of the previous step has not been called"
+        assert len(slots) == segments.count == page_table.shape[0], (len(slots), segments.count)
+        flags = [speculative] * len(slots) if isinstance(speculative, bool) else list(speculative)
+        before = tuple(self._lengths[slot] for slot in slots)
+        view = self._view(slots, page_table, segments, before)
+        view.speculative = tuple(b for b, flag in enumerate(flags) if flag)
+        view.settled = tuple(b for b, flag in enumerate(flags) if not flag)
+        view.captures = tuple(captures)
+        view.rounds = rounds_of(segments, view.speculative, view.captures, self.rollback)
+        self._open_view = view
+        return view
+
+    def mtp_view(
+        self,
+        slots: Sequence[int],
+        page_table: Tensor,
+        segments: Segments,
+        *,
+        starts: Sequence[int],
+        firsts: Sequence[int],
+    ) -> CacheView:
+        """A view for the MTP layer alone: rows for positions from ``starts[b]``.
+
+        Row j of the MTP layer stands at the position of the token it embeds. Rows before
+        ``firsts[b]`` do not exist and are not seen. Nothing has to be kept afterwards.
+        """
+        view = self._view(slots, page_table, segments, tuple(starts))
+        view.first = tuple(firsts)
+        return view
+
+    def _view(
+        self,
+        slots: Sequence[int],
+        page_table: Tensor,
+        segments: Segments,
+        before: tuple[int, ...],
+    ) -> CacheView:
+        for b, (past, new) in enumerate(zip(before, segments.lengths, strict=True)):
+            assert self.pages_for(past + new) <= page_table.shape[1], (b, past, new)
+        ids = segments.ids()
+        positions = segments.offsets() + torch.tensor(before, device=segments.device)[ids]
+        return CacheView(
+            cache=self,
+            slots=tuple(slots),
+            page_table=page_table,
+            before=before,
+            segments=segments,
+            slot_index=torch.tensor(list(slots), device=segments.device),
+            target_pages=page_table[ids, positions // self.page_size],
+            target_offsets=positions % self.page_size,
+        )
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        """Make the first ``counts[b]`` tokens of the last view permanent, forget the rest.
+
+        None keeps everything.
+        """
+        view, self._open_view = self._open_view, None
+        assert view is not None, "keep() without a view"
+        lengths = view.segments.lengths
+        kept = lengths if counts is None else tuple(counts)
+        assert len(kept) == len(lengths), (kept, lengths)
+        assert all(0 <= n <= t for n, t in zip(kept, lengths, strict=True)), (kept, lengths)
+        assert all(kept[b] == lengths[b] for b in view.settled), (
+            "tokens can only be dropped from a speculative sequence"
+        )
+        live = [b for b in view.speculative if kept[b]]
+        if live and len(self.config.delta_layers):
+            self._commit_windows(view, live, kept)
+            if self.rollback == "replay":
+                self._replay(view, live, kept)
+            else:
+                self._pick(view, live, kept)
+        starts = view.segments.starts
+        for b, slot in enumerate(view.slots):
+            self._lengths[slot] = view.before[b] + kept[b]
+        rows = [starts[b] + n - 1 for b, n in enumerate(kept) if n]
+        if view.hidden is not None and rows:
+            owners = [slot for slot, n in zip(view.slots, kept, strict=True) if n]
+            self.last_hidden[owners] = view.hidden[rows].to(self.last_hidden.dtype)
+
+    def _commit_windows(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
+        """The convolution inputs before and among the kept tokens, for all layers at once."""
+        history, device = self.conv.shape[2], view.segments.device
+        slots = view.slot_index[live]
+        rows = view.rows_of(live, kept)
+        old = self.conv[:, slots].flatten(1, 2)
+        new = torch.stack([view.held[layer][0][rows] for layer in sorted(view.held)])
+        tail = Segments.of([kept[b] for b in live], device).tail_table(history)
+        self.conv[:, slots] = torch.cat((old, new.to(old.dtype)), dim=1)[:, tail]
+
+    def _replay(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
+        """Apply the kept tokens to the untouched state, token by token as decoding would."""
+        rows, slots = view.rows_of(live, kept), view.slot_index[live]
+        segments = Segments.of([kept[b] for b in live], view.segments.device)
+        for layer, inputs in view.held.items():
+            k, v, g, beta = (tensor[rows] for tensor in inputs[1:])
+            _, state = self.ops.gated_delta_step(
+                q=k, k=k, v=v, g=g, beta=beta, state=self.recurrent[layer, slots],
+                segments=segments,
+            )  # fmt: skip
+            self.recurrent[layer, slots] = state
+
+    def _pick(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
+        """The state each speculative sequence had after its last kept token."""
+        place = {b: i for i, b in enumerate(view.speculative)}
+        lanes = torch.tensor([place[b] for b in live], device=view.segments.device)
+        steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)
+        for layer, states in view.states.items():
+            self.recurrent[layer, view.slot_index[live]] = torch.stack(states)[steps, lanes]

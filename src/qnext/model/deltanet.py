@@ -11,13 +11,11 @@ from torch.nn import functional as F
 
 from qnext.config import ModelConfig
 from qnext.model.batch import TokenBatch
-from qnext.model.cache import CacheView
 from qnext.model.layers import GatedRmsNorm
+from qnext.model.view import STEP_TOKENS, CacheView
 from qnext.ops import Ops
+from qnext.ops.contracts import GatedDelta
 from qnext.ops.gated_delta import l2_normalise
-
-STEP_TOKENS = 16
-"""Sequences of at most so many new tokens are walked token by token, longer ones in chunks."""
 
 
 class ConvWeight(nn.Module):
@@ -74,18 +72,35 @@ class GatedDeltaNet(nn.Module):
             a_PUr.float().flatten(-2) + self.dt_bias.float()
         )
 
-        few = batch.segments.longest <= STEP_TOKENS
-        gated_delta = self.ops.gated_delta_step if few else self.ops.gated_delta_chunk
-        o_PWM, state_BWKM = gated_delta(
-            q=q_PUK,
-            k=k_PUK,
-            v=v_PWM,
-            g=g_PW,
-            beta=beta_PW,
-            state=state_BWKM,
-            segments=batch.segments,
-        )
-        if view is not None:
-            inputs = (x_Pc, k_PUK, v_PWM, g_PW, beta_PW)
-            view.write_state(self.cache_layer, conv_state, state_BWKM, inputs)
+        inputs = {"q": q_PUK, "k": k_PUK, "v": v_PWM, "g": g_PW, "beta": beta_PW}
+        if view is None or state_BWKM is None:
+            by_step = batch.segments.longest <= STEP_TOKENS
+            o_PWM, _ = self._delta(by_step)(**inputs, state=None, segments=batch.segments)
+        else:
+            o_PWM, state_BWKM = self._walk(inputs, state_BWKM, view)
+            held = (x_Pc, k_PUK, v_PWM, g_PW, beta_PW)
+            view.write_state(self.cache_layer, conv_state, state_BWKM, held)
         return self.out_proj(self.norm(o_PWM, z_PWM).flatten(-2))
+
+    def _walk(
+        self, inputs: dict[str, Tensor], state_BWKM: Tensor, view: CacheView
+    ) -> tuple[Tensor, Tensor]:
+        """The delta rule in the rounds of a step, with a stop wherever a state is needed."""
+        o_PWM = torch.zeros_like(inputs["v"], dtype=torch.float32)
+        for piece in view.rounds:
+            delta = self._delta(piece.by_step)
+            if piece.is_whole:
+                o_PWM, state_BWKM = delta(**inputs, state=state_BWKM, segments=piece.segments)
+                piece_BWKM = state_BWKM
+            else:
+                o_PWM[piece.rows], piece_BWKM = delta(
+                    **{name: x[piece.rows] for name, x in inputs.items()},
+                    state=state_BWKM[piece.lanes],
+                    segments=piece.segments,
+                )
+                state_BWKM[piece.lanes] = piece_BWKM
+            view.end_round(self.cache_layer, piece, piece_BWKM)
+        return o_PWM, state_BWKM
+
+    def _delta(self, by_step: bool) -> GatedDelta:
+        return self.ops.gated_delta_step if by_step else self.ops.gated_delta_chunk

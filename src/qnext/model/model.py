@@ -16,9 +16,9 @@ from qnext.config import ModelConfig
 from qnext.errors import ConfigError, RequestError
 from qnext.model.batch import Rectangle, TokenBatch
 from qnext.model.block import DecoderLayer
-from qnext.model.cache import CacheView
 from qnext.model.layers import RmsNorm, Taps, rotary
 from qnext.model.mtp import MtpHead
+from qnext.model.view import CacheView
 from qnext.ops import Ops, OpSpec, select
 
 __all__ = ["CausalLM", "CausalOutput", "Taps", "initialise"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qnext.config import ModelConfig
 from qnext.model.batch import TokenBatch
 from qnext.model.block import DecoderLayer
-from qnext.model.cache import CacheView
 from qnext.model.layers import RmsNorm, Taps
+from qnext.model.view import CacheView
 from qnext.ops import Ops
 
 

@@ -66,13 +66,15 @@ def _gathered(pages: Tensor, page_table_row: Tensor, length: int) -> tuple[Tenso
     return kv[0], kv[1]
 
 
-def _paged(one, q, pages, page_table, before, scale, segments):  # type: ignore[no-untyped-def]
+def _paged(one, q, pages, page_table, before, first, scale, segments):  # type: ignore[no-untyped-def]
     outs = []
     starts = segments.starts
     for b, past in enumerate(before):
         if segments.lengths[b]:
+            hidden = 0 if first is None else first[b]
             k, v = _gathered(pages, page_table[b], past + segments.lengths[b])
-            outs.append(one(q[starts[b] : starts[b + 1]], k, v, scale, past))
+            queries = q[starts[b] : starts[b + 1]]
+            outs.append(one(queries, k[hidden:], v[hidden:], scale, past - hidden))
     return torch.cat(outs) if outs else q.new_zeros(q.shape)
 
 
@@ -82,11 +84,12 @@ def attention_paged_reference(
     pages: Tensor,
     page_table: Tensor,
     before: tuple[int, ...],
+    first: tuple[int, ...] | None = None,
     scale: float,
     segments: Segments,
 ) -> Tensor:
     """Pages are copied together, then attended with explicit scores."""
-    return _paged(_attend, q, pages, page_table, before, scale, segments)
+    return _paged(_attend, q, pages, page_table, before, first, scale, segments)
 
 
 def attention_paged_torch(
@@ -95,11 +98,12 @@ def attention_paged_torch(
     pages: Tensor,
     page_table: Tensor,
     before: tuple[int, ...],
+    first: tuple[int, ...] | None = None,
     scale: float,
     segments: Segments,
 ) -> Tensor:
     """Pages are copied together, then the library's fused attention runs per sequence."""
-    return _paged(_fused, q, pages, page_table, before, scale, segments)
+    return _paged(_fused, q, pages, page_table, before, first, scale, segments)
 
 
 IMPLS = {

@@ -98,7 +98,7 @@ class PagedAttention(Protocol):
     """Attention of new tokens over keys and values that live in pages.
 
     The new tokens' own keys and values are already in the pages. Query t of sequence b sees
-    positions 0 ... before[b] + t.
+    positions first[b] ... before[b] + t; None means 0 for every sequence.
     Shapes: q [P, N, H], pages [pages, 2, page size, G, H] (0 = keys, 1 = values), page_table
     [B, max pages] int64, before: B host integers -> [P, N, H].
     """
@@ -110,6 +110,7 @@ class PagedAttention(Protocol):
         pages: Tensor,
         page_table: Tensor,
         before: tuple[int, ...],
+        first: tuple[int, ...] | None,
         scale: float,
         segments: Segments,
     ) -> Tensor: ...

@@ -1,0 +1,312 @@
+"""The prefix cache of a hybrid model: which prompts can start from where another one was.
+
+Keys and values of a prefix are not enough: the delta layers need their state at exactly the
+position to resume from. So the unit of reuse is a *snapshot*: a saved state at some length,
+together with the pages that hold the keys and values up to there. Snapshots sit at any token. A
+radix tree over token ids finds the deepest one that fits a prompt, and remembers token ids after a
+snapshot is gone, so that a point where prompts part is recognised when it comes again.
+
+Nothing here touches a tensor: a snapshot names a cache slot and pages.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from qnext.engine.blocks import PagePool
+
+PRIORS = {"system": 1.0, "stable": 0.8, "parked": 0.9, "branch": 0.6, "end": 0.4, "interval": 0.2}
+"""How likely a fresh snapshot is thought to be used, by the reason it was taken."""
+HALF_LIFE_S = 1800.0
+"""A use half an hour ago counts half."""
+CLOSE_TOKENS = 64
+"""A new snapshot replaces one of the same path that lies fewer tokens before it, hints excepted."""
+MAX_TREE_TOKENS = 1 << 20
+"""Token ids remembered in all, snapshots or not."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Snapshot:
+    """A saved state at ``length`` tokens, and the pages up to there."""
+
+    length: int
+    slot: int
+    """Cache slot that holds the recurrent state, the convolution window and the last hidden row."""
+    pages: list[int]
+    mtp_first: int
+    """First position whose MTP keys and values are there; ``length`` if none are."""
+    why: str
+    cost_s: float
+    """What computing it again from the snapshot before it would take, in seconds."""
+    born: float
+    node: "Node"
+    uses: float = 0.0
+    """Decayed number of uses."""
+    used_at: float = 0.0
+    pinned: int = 0
+    """Requests that are about to load it; it is not evicted meanwhile."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """An edge of the radix tree: ``tokens`` follow what the parents spell."""
+
+    start: int
+    tokens: tuple[int, ...]
+    parent: "Node | None"
+    children: dict[int, "Node"] = field(default_factory=dict)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    """By length; start < length <= start + len(tokens)."""
+    used_at: float = 0.0
+
+    @property
+    def end(self) -> int:
+        """Tokens from the root to the end of this edge."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """What is known about a prompt."""
+
+    known: int
+    """Tokens of the prompt that were seen before."""
+    snapshot: Snapshot | None
+    """The deepest one that leaves at least one token to run."""
+
+
+class PrefixCache:
+    """Snapshots of prefixes, found by tokens and evicted by value.
+
+    ``slots`` are the cache slots set aside for snapshots. ``clock`` gives seconds.
+    """
+
+    def __init__(self, pool: PagePool, slots: Sequence[int], *, clock: Callable[[], float]) -> None:
+        self.pool, self._clock = pool, clock
+        self._slots = list(slots)
+        self.num_slots = len(self._slots)
+        self.root = Node(0, (), None)
+        self._snapshots: list[Snapshot] = []
+        self._tree_tokens = 0
+        self._floor = 0.0
+        """Value of the last victim: what is not used falls behind it with time."""
+        self._worth: dict[Snapshot, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self._snapshots)
+
+    # -- lookup ----------------------------------------------------------------------------------
+
+    def match(self, ids: Sequence[int]) -> Match:
+        """The longest known prefix of ``ids`` and the deepest snapshot on it."""
+        node, at, best = self.root, 0, None
+        limit = len(ids) - 1
+        while at < len(ids):
+            child = node.children.get(ids[at])
+            if child is None:
+                break
+            shared = _common(child.tokens, ids, at)
+            for length, snapshot in child.snapshots.items():
+                deeper = best is None or length > best.length
+                if length <= min(at + shared, limit) and deeper:
+                    best = snapshot
+            child.used_at = self._clock()
+            at += shared
+            node = child
+            if shared < len(child.tokens):
+                break
+        return Match(known=at, snapshot=best)
+
+    def use(self, snapshot: Snapshot) -> None:
+        """Note that a request resumed from a snapshot."""
+        now = self._clock()
+        snapshot.uses = snapshot.uses * 0.5 ** ((now - snapshot.used_at) / HALF_LIFE_S) + 1.0
+        snapshot.used_at = now
+        self._worth[snapshot] = self._floor + self._value(snapshot)
+
+    # -- growth ----------------------------------------------------------------------------------
+
+    def holds(self, ids: Sequence[int]) -> bool:
+        """Whether there is a snapshot at exactly these tokens."""
+        node = self._walk(ids)
+        return node is not None and len(ids) in node.snapshots
+
+    def take_slot(self) -> int | None:
+        """A slot for a new snapshot, evicting if need be; None when there is none to be had."""
+        if not self._slots and not self._evict_one():
+            return None
+        return self._slots.pop()
+
+    def return_slot(self, slot: int) -> None:
+        """Give back a slot from ``take_slot`` that did not become a snapshot."""
+        self._slots.append(slot)
+
+    def insert(
+        self,
+        ids: Sequence[int],
+        *,
+        slot: int,
+        pages: Sequence[int],
+        mtp_first: int,
+        why: str,
+        cost_s: float,
+    ) -> Snapshot:
+        """Add the snapshot at the end of ``ids``; its pages are shared, its slot is the cache's.
+
+        The caller has made sure that none is there yet (``holds``).
+        """
+        node = self._grow(tuple(ids))
+        assert len(ids) not in node.snapshots, len(ids)
+        self._replace_close(node, len(ids))
+        now = self._clock()
+        self.pool.share(pages)
+        snapshot = Snapshot(
+            length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
+            cost_s=cost_s, born=now, node=node, used_at=now,
+        )  # fmt: skip
+        node.snapshots[len(ids)] = snapshot
+        self._snapshots.append(snapshot)
+        self._worth[snapshot] = self._floor + self._value(snapshot)
+        self._forget_ghosts()
+        return snapshot
+
+    def remember(self, ids: Sequence[int]) -> None:
+        """Keep the token ids of a prompt, so that a later one that parts from it is recognised."""
+        self._grow(tuple(ids)).used_at = self._clock()
+        self._forget_ghosts()
+
+    # -- eviction --------------------------------------------------------------------------------
+
+    def make_room(self, pages: int) -> bool:
+        """Evict until so many pages are free; False when nothing more can go."""
+        while self.pool.free < pages:
+            if not self._evict_one():
+                return False
+        return True
+
+    def evictable(self) -> int:
+        """Pages that evicting everything unpinned would free."""
+        held: dict[int, int] = {}
+        for snapshot in self._snapshots:
+            if not snapshot.pinned:
+                for page in snapshot.pages:
+                    held[page] = held.get(page, 0) + 1
+        return sum(self.pool.holders(page) == count for page, count in held.items())
+
+    def evict(self, snapshot: Snapshot) -> None:
+        """Give up one snapshot; its tokens stay known."""
+        assert not snapshot.pinned, snapshot
+        self._floor = max(self._floor, self._worth.pop(snapshot))
+        self._snapshots.remove(snapshot)
+        del snapshot.node.snapshots[snapshot.length]
+        self.pool.give_back(snapshot.pages)
+        self._slots.append(snapshot.slot)
+
+    def clear(self) -> None:
+        """Give up everything, tokens included. No snapshot may be pinned."""
+        for snapshot in list(self._snapshots):
+            self.evict(snapshot)
+        self.root.children.clear()
+        self._tree_tokens = 0
+
+    def _evict_one(self) -> bool:
+        loose = [snapshot for snapshot in self._snapshots if not snapshot.pinned]
+        if not loose:
+            return False
+        self.evict(min(loose, key=lambda snapshot: (self._worth[snapshot], snapshot.born)))
+        return True
+
+    def _value(self, snapshot: Snapshot) -> float:
+        """Seconds expected to be saved per unit of memory that only this snapshot holds."""
+        age = self._clock() - snapshot.used_at
+        likely = PRIORS.get(snapshot.why, 0.2) + snapshot.uses * math.exp2(-age / HALF_LIFE_S)
+        held = 1 + self.pool.exclusive(snapshot.pages)
+        return likely * snapshot.cost_s / held
+
+    def _replace_close(self, node: Node, length: int) -> None:
+        """Drop snapshots of chance that lie just before a new one on the same path."""
+        step: Node | None = node
+        while step is not None and step.end > length - CLOSE_TOKENS:
+            for near, snapshot in list(step.snapshots.items()):
+                by_chance = snapshot.why in ("end", "interval", "branch", "parked")
+                if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
+                    self.evict(snapshot)
+            step = step.parent
+
+    # -- the tree --------------------------------------------------------------------------------
+
+    def _walk(self, ids: Sequence[int]) -> Node | None:
+        """The node in which ``ids`` ends, if all of it is known."""
+        node, at = self.root, 0
+        while at < len(ids):
+            child = node.children.get(ids[at])
+            if child is None:
+                return None
+            shared = _common(child.tokens, ids, at)
+            at += shared
+            if at < len(ids) and shared < len(child.tokens):
+                return None
+            node = child
+        return node
+
+    def _grow(self, ids: tuple[int, ...]) -> Node:
+        """The node in which ``ids`` ends, made if need be."""
+        node, at = self.root, 0
+        while at < len(ids):
+            child = node.children.get(ids[at])
+            if child is None:
+                child = Node(at, ids[at:], node, used_at=self._clock())
+                node.children[ids[at]] = child
+                self._tree_tokens += len(ids) - at
+                return child
+            shared = _common(child.tokens, ids, at)
+            at += shared
+            if at < len(ids) and shared < len(child.tokens):
+                child = self._split(child, shared)
+            node = child
+        return node
+
+    def _split(self, node: Node, shared: int) -> Node:
+        """Cut an edge after ``shared`` tokens; returns the upper part."""
+        assert node.parent is not None
+        upper = Node(node.start, node.tokens[:shared], node.parent, used_at=node.used_at)
+        node.parent.children[upper.tokens[0]] = upper
+        node.start, node.tokens, node.parent = upper.end, node.tokens[shared:], upper
+        upper.children[node.tokens[0]] = node
+        for length in [length for length in node.snapshots if length <= upper.end]:
+            snapshot = node.snapshots.pop(length)
+            snapshot.node = upper
+            upper.snapshots[length] = snapshot
+        return upper
+
+    def _forget_ghosts(self) -> None:
+        """Prune the leaves that were not looked at for longest and hold no snapshot."""
+        while self._tree_tokens > MAX_TREE_TOKENS:
+            leaves = [n for n in self._nodes() if not n.children and not n.snapshots]
+            if not leaves:
+                return
+            oldest = min(leaves, key=lambda n: n.used_at)
+            assert oldest.parent is not None
+            del oldest.parent.children[oldest.tokens[0]]
+            self._tree_tokens -= len(oldest.tokens)
+
+    def _nodes(self) -> Iterator[Node]:
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+
+def _common(edge: tuple[int, ...], ids: Sequence[int], at: int) -> int:
+    """How many tokens of an edge agree with ``ids`` from position ``at``."""
+    length = min(len(edge), len(ids) - at)
+    if tuple(ids[at : at + length]) == edge[:length]:
+        return length
+    for i in range(length):
+        if edge[i] != ids[at + i]:
+            return i
+    return length

@@ -1,0 +1,204 @@
+"""Runner: executes what the engine decided, on the model and its cache.
+
+The engine speaks of sequences, positions and pages; the runner turns one step into a packed batch,
+runs it, and keeps the hidden rows that the multi-token-prediction head still has to read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qnext.model.batch import TokenBatch
+from qnext.model.cache import HybridCache, Rollback
+from qnext.model.model import CausalLM
+from qnext.model.view import Capture
+from qnext.ops import Segments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """New tokens of one sequence in a step."""
+
+    slot: int
+    pages: Sequence[int]
+    start: int
+    """Position of the first new token."""
+    ids: Sequence[int]
+    rows: Sequence[int] = ()
+    """Which of the new tokens get logits."""
+    speculative: bool = False
+    """Whether some of the tokens may be dropped again."""
+    captures: Sequence[tuple[int, int]] = ()
+    """(count, slot): copy the state after ``count`` new tokens to that slot."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MtpWork:
+    """Rows of the MTP layer for one sequence.
+
+    Row for position j embeds token j and reads the hidden row of token j - 1. ``ids`` are the
+    tokens from position ``start`` on.
+    """
+
+    slot: int
+    pages: Sequence[int]
+    start: int
+    ids: Sequence[int]
+    first: int
+    """First position whose MTP keys and values exist."""
+
+
+class Runner:
+    """One model and one cache; ``track_mtp`` keeps what the MTP head needs."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_slots: int,
+        num_pages: int,
+        track_mtp: bool,
+        rollback: Rollback = "snapshots",
+    ) -> None:
+        self.model = model
+        self.cache = HybridCache(
+            model.config,
+            num_slots=num_slots,
+            num_pages=num_pages,
+            dtype=model.dtype,
+            device=model.device,
+            ops=model.ops,
+            rollback=rollback,
+        )
+        self.track_mtp = track_mtp
+        self._works: Sequence[Work] = ()
+        self._hidden: Tensor | None = None
+        # Hidden rows not yet read by the MTP layer, oldest first, and its own last output.
+        self._backlog: dict[int, list[Tensor]] = {}
+        self._drafting: dict[int, Tensor] = {}
+
+    # -- slots and pages -------------------------------------------------------------------------
+
+    def open(self) -> int:
+        """A slot for an empty sequence."""
+        slot = self.cache.open()
+        self._backlog[slot] = []
+        return slot
+
+    def resume(self, snapshot_slot: int) -> int:
+        """A slot for a sequence that starts from a snapshot."""
+        slot = self.cache.open()
+        self.cache.copy_slot(snapshot_slot, slot)
+        self._backlog[slot] = [self.cache.last_hidden[slot][None].clone()]
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Forget a sequence."""
+        self.cache.close(slot)
+        self._backlog.pop(slot, None)
+        self._drafting.pop(slot, None)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the state of a sequence into a snapshot slot."""
+        self.cache.copy_slot(source, target)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page of keys and values."""
+        self.cache.copy_page(source, target)
+
+    def backlog(self, slot: int) -> int:
+        """Hidden rows the MTP layer has not read yet."""
+        return sum(rows.shape[0] for rows in self._backlog[slot])
+
+    # -- the model -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, works: Sequence[Work]) -> Tensor:
+        """Run the new tokens of all works; logits [R, V] of their rows, in order."""
+        device = self.model.device
+        segments = Segments.of([len(work.ids) for work in works], device)
+        starts = torch.tensor([work.start for work in works], device=device)
+        batch = TokenBatch(
+            ids=torch.tensor([token for work in works for token in work.ids], device=device),
+            positions=segments.offsets() + starts[segments.ids()],
+            segments=segments,
+        )
+        view = self.cache.view(
+            [work.slot for work in works],
+            self._table(works),
+            segments,
+            speculative=[work.speculative for work in works],
+            captures=[
+                Capture(b, count, slot)
+                for b, work in enumerate(works)
+                for count, slot in work.captures
+            ],
+        )
+        self._works = works
+        self._hidden = self.model.run(batch, view)
+        rows = [
+            first + row
+            for first, work in zip(segments.starts, works, strict=False)
+            for row in work.rows
+        ]
+        return self.model.lm_logits(self._hidden[rows])
+
+    @torch.inference_mode()
+    def keep(self, counts: Sequence[int]) -> None:
+        """Make the first ``counts[b]`` tokens of each work permanent."""
+        assert self._hidden is not None, "keep() without a forward"
+        self.cache.keep(counts)
+        start = 0
+        for work, count in zip(self._works, counts, strict=True):
+            if self.track_mtp and count:
+                self._backlog[work.slot].append(self._hidden[start : start + count])
+            start += len(work.ids)
+        self._hidden = None
+
+    @torch.inference_mode()
+    def fill(self, works: Sequence[MtpWork]) -> Tensor:
+        """Let the MTP layer read the backlog; logits [B, V] for the token after the last of each.
+
+        Every work's ids must be as many as its backlog.
+        """
+        hidden = []
+        for work in works:
+            rows = torch.cat(self._backlog[work.slot])
+            assert rows.shape[0] == len(work.ids), (rows.shape[0], len(work.ids))
+            hidden.append(rows)
+            self._backlog[work.slot] = []
+        return self._mtp(works, torch.cat(hidden))
+
+    @torch.inference_mode()
+    def draft(self, works: Sequence[MtpWork]) -> Tensor:
+        """One more draft token for each: reads the MTP layer's own last output. Logits [B, V]."""
+        return self._mtp(works, torch.stack([self._drafting[work.slot] for work in works]))
+
+    def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
+        device = self.model.device
+        segments = Segments.of([len(work.ids) for work in works], device)
+        starts = torch.tensor([work.start for work in works], device=device)
+        ids = torch.tensor([token for work in works for token in work.ids], device=device)
+        batch = TokenBatch(
+            ids=ids, positions=segments.offsets() + starts[segments.ids()], segments=segments
+        )
+        view = self.cache.mtp_view(
+            [work.slot for work in works],
+            self._table(works),
+            segments,
+            starts=[work.start for work in works],
+            firsts=[work.first for work in works],
+        )
+        out = self.model.run_mtp(batch, ids, hidden, view)[segments.last_rows()]
+        for b, work in enumerate(works):
+            self._drafting[work.slot] = out[b]
+        return self.model.lm_logits(out)
+
+    def _table(self, works: Sequence[Work] | Sequence[MtpWork]) -> Tensor:
+        widest = max(len(work.pages) for work in works)
+        return torch.tensor(
+            [[*work.pages, *[0] * (widest - len(work.pages))] for work in works],
+            device=self.model.device,
+        )

@@ -1,0 +1,54 @@
+"""A runner whose drafts are right as often as a test wants."""
+
+import random
+
+import torch
+
+from qnext.engine.engine import Engine
+from qnext.engine.runner import Runner
+
+
+class Oracle(Runner):
+    """The real runner, but drafts come from known continuations instead of the MTP head.
+
+    ``truth`` maps a prompt to the tokens that follow it; a draft is right with probability
+    ``rightness``. The MTP layer still runs, so that its bookkeeping is exercised.
+    """
+
+    truth: dict[tuple[int, ...], list[int]]
+    rightness: float
+    generator: random.Random
+
+    def fill(self, works):
+        return self._instead(works, super().fill(works))
+
+    def draft(self, works):
+        return self._instead(works, super().draft(works))
+
+    def _instead(self, works, logits):
+        logits = torch.full_like(logits, -10.0)
+        for b, work in enumerate(works):
+            position = work.start + len(work.ids)
+            right = self.following(work.slot, position)
+            wrong = (right + 1 + self.generator.randrange(100)) % logits.shape[1]
+            token = right if self.generator.random() < self.rightness else wrong
+            logits[b, token] = 10.0
+        return logits
+
+    def following(self, slot: int, position: int) -> int:
+        for sequence in self.engine.scheduler.running:
+            if sequence.slot == slot:
+                prompt = sequence.request.prompt_ids
+                tokens = self.truth[prompt]
+                at = position - len(prompt)
+                return tokens[at] if 0 <= at < len(tokens) else 0
+        raise AssertionError(slot)
+
+
+def with_oracle(engine: Engine, truth, rightness: float, seed: int = 0) -> Engine:
+    """Give an engine known drafts."""
+    runner = engine.runner
+    runner.__class__ = Oracle
+    runner.engine, runner.truth, runner.rightness = engine, truth, rightness
+    runner.generator = random.Random(seed)
+    return engine
