@@ -227,9 +227,11 @@ class PrefixCache:
         return likely * snapshot.cost_s / held
 
     def _replace_close(self, node: Node, length: int) -> None:
-        """Drop snapshots of chance that lie just before a new one on the same path."""
+        """Drop snapshots of chance that lie just before a new one, where no other path parts."""
         step: Node | None = node
         while step is not None and step.end > length - CLOSE_TOKENS:
+            if step is not node and len(step.children) > 1:
+                return
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:

@@ -200,7 +200,12 @@ class Scheduler:
             drafts = min(len(sequence.drafts), budget - reserve)
             del sequence.drafts[max(drafts, 0) :]
             budget -= len(sequence.drafts)
-            items.append(Item(sequence=sequence, count=1 + len(sequence.drafts)))
+            # A prompt of one token, or the last token of a resumed one, may plant a snapshot too.
+            end = sequence.done + 1
+            captures = self._captures(sequence, end) if sequence.plants else ()
+            items.append(
+                Item(sequence=sequence, count=1 + len(sequence.drafts), captures=captures)
+            )
         for sequence in prefilling:
             sequence.drafts.clear()
             count = self._chunk(sequence, budget)
