@@ -13,6 +13,10 @@ from qnext.config import ModelConfig
 settings.register_profile("qnext", deadline=None)
 settings.load_profile("qnext")
 
+# The shapes here are tiny: a second thread only waits for the first, and on a busy machine for a
+# long time.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
