@@ -69,8 +69,9 @@ MODEL = {
 class Plan:
     """What happens when, as shares of the time budget."""
 
-    peak_rate: float = 3e-3
-    batch_tokens: int = 8192
+    peak_rate: float = 4e-3
+    batch_tokens: int = 4096
+    """Tokens of a step at first; twice as many from ``longer_from``."""
     warmup: float = 0.015
     """Until here the learning rate rises."""
     decay_from: float = 0.4
@@ -87,7 +88,7 @@ class Plan:
     replay: float = 0.12
     """Share of pretraining tokens while fine-tuning."""
     balance: float = 1e-2
-    balance_late: float = 1e-3
+    balance_late: float = 5e-3
     """Weight of the expert balance before and after ``mtp_from``."""
 
     def rate(self, share: float) -> float:
@@ -199,10 +200,11 @@ class Run:
     def documents(self) -> list[batches.Piece]:
         """The next batch of the stage the run is in, not yet packed."""
         plan, limit = self.plan, self.plan.limit(self.share)
+        size = plan.batch_tokens * (1 if self.share < plan.longer_from else 2)
         if self.share < plan.finetune_from:
-            return self.mixtures["pretraining"].documents(plan.batch_tokens, limit)
-        replayed = int(plan.replay * plan.batch_tokens)
-        talks = self.mixtures["finetuning"].documents(plan.batch_tokens - replayed, limit)
+            return self.mixtures["pretraining"].documents(size, limit)
+        replayed = int(plan.replay * size)
+        talks = self.mixtures["finetuning"].documents(size - replayed, limit)
         return talks + self.mixtures["pretraining"].documents(replayed, limit)
 
     def step(self) -> dict[str, float]:
@@ -326,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--rate", type=float, default=Plan.__dataclass_fields__["peak_rate"].default
     )
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--optimiser", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
