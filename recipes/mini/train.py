@@ -95,8 +95,8 @@ class Plan:
     """Conversations with loss on the assistant only take over from here."""
     replay: float = 0.12
     """Share of pretraining tokens while fine-tuning."""
-    balance: float = 1e-2
-    balance_late: float = 5e-3
+    balance: float = 3e-2
+    balance_late: float = 2e-2
     """Weight of the expert balance before and after ``mtp_from``."""
 
     def rate(self, share: float) -> float:

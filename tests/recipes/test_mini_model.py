@@ -14,13 +14,14 @@ MAX_BYTES = 36_000_000
 
 # Written for this test and in no corpus.
 HELD_OUT = (
-    "Once upon a time, there was a small goat who lived next to a windmill. Every morning the goat "
-    "went to the well to drink some water. One day the well was dry. The goat was very thirsty and "
-    "sad. She asked the miller for help, and he gave her a big cup of milk. The goat was happy and "
-    'said, "Thank you! You are my best friend." After that, they went to the well together and '
-    'looked inside. At the bottom there was a little frog. The frog said, "I am sorry. I was so '
-    'hot that I drank all the water." The goat laughed. She was not angry any more, and she helped the '
-    "frog to come out. In the evening it began to rain, and the well was full again."
+    "Once upon a time, there was a small goat who lived next to a windmill. Every morning the "
+    "goat went to the well to drink some water. One day the well was dry. The goat was very "
+    "thirsty and sad. She asked the miller for help, and he gave her a big cup of milk. The "
+    'goat was happy and said, "Thank you! You are my best friend." After that, they went to the'
+    ' well together and looked inside. At the bottom there was a little frog. The frog said, "I'
+    ' am sorry. I was so hot that I drank all the water." The goat laughed. She was not angry '
+    "any more, and she helped the frog to come out. In the evening it began to rain, and the "
+    "well was full again."
 )
 
 
