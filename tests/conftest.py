@@ -13,6 +13,10 @@ from qnext.config import ModelConfig
 settings.register_profile("qnext", deadline=None)
 settings.load_profile("qnext")
 
+# The shapes here are tiny: a second thread only waits for the first, and on a busy machine for a
+# long time.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -65,3 +69,16 @@ def tiny_model(tiny_config: ModelConfig):
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory) -> Path:
+    """A complete model folder: ``tiny_model``, a tokenizer of its own, the built-in template."""
+    from qnext import save_model
+    from qnext.text.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(tiny_model, folder)
+    sentence = "The fox sat by the river and thought about the moon."
+    Tokenizer.train([sentence] * 20, vocab_size=400).save(folder)
+    return folder

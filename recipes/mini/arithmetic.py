@@ -1,7 +1,7 @@
-"""Numbers in plain sentences: sums, differences, products, counting, comparing, small word problems.
+"""Numbers in plain sentences: sums, products, counting, comparing, small word problems.
 
-Each exercise has a worked trace for thinking mode and a short answer for plain mode. One operand pair in
-ten (by hash) is kept for evaluation and never generated for training, in any wording.
+Each exercise has a worked trace for thinking mode and a short answer for plain mode. One operand
+pair in ten (by hash) is kept for evaluation and never generated for training, in any wording.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ _THINGS = (
     "shells",
     "cards",
 )
-_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve").split()
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+          "eleven", "twelve")  # fmt: skip
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -289,7 +290,9 @@ def exercise(rng: Random) -> Exercise:
 
 
 def arithmetic_chat(rng: Random) -> Chat:
-    """An exercise as a chat: thinking, told not to think, or answered with the block in the prompt."""
+    """An exercise as a chat: thinking, told not to think, or answered with the block in the
+    prompt.
+    """
     work = exercise(rng)
     mode = rng.random()
     if not work.trace:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from recipes.mini.data import Shard
 from torch import Tensor
 
 from qnext.model.batch import TokenBatch
-from recipes.mini.data import Shard
 
 Piece = tuple[np.ndarray, np.ndarray]
 """(ids, judged) of one document or a part of one."""

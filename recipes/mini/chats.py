@@ -1,13 +1,14 @@
-"""A conversation as training data: which tokens there are, and on which of them the model is judged.
+"""A conversation as training data: its tokens, and on which of them the model is judged.
 
-The text is that of the Qwen3 hybrid template, token for token (a test renders both): earlier assistant
-turns are bare, the last one carries a think block, which is empty when nothing was thought. Loss falls on
-assistant tokens and on the ``<|im_end|>`` that ends each of their turns, and nowhere else.
+The text is that of the Qwen3 hybrid template, token for token (a test renders both): earlier
+assistant turns are bare, the last one carries a think block, which is empty when nothing was
+thought. Loss falls on assistant tokens and on the ``<|im_end|>`` that ends each of their turns,
+and nowhere else.
 
 Two exceptions keep the choice between thinking and answering clean:
 
-* The first token of an *earlier* assistant turn has no loss. At that place a bare turn would compete with
-  ``<think>``, which is what the model must write when it is asked to answer now.
+* The first token of an *earlier* assistant turn has no loss. At that place a bare turn would
+  compete with ``<think>``, which is what the model must write when it is asked to answer now.
 * Where the prompt itself holds the empty block (``enable_thinking=False``), the block has no loss.
 """
 
@@ -29,7 +30,7 @@ class Chat:
 
     def __post_init__(self) -> None:
         roles = [role for role, _ in self.messages]
-        assert roles and roles[-1] == "assistant", roles
+        assert roles[-1:] == ["assistant"], roles
         assert not (self.reasoning and self.forced_block), "a forced block is empty"
         assert all(content == content.strip() and content for _, content in self.messages), (
             self.messages

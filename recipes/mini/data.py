@@ -2,9 +2,10 @@
 
     python -m recipes.mini.data --data ../shared/data --out .data/mini
 
-One shard is four files: ``NAME.ids.npy`` (uint16, documents end to end), ``NAME.judged.npy`` (uint8, 1
-where the token counts in the loss), ``NAME.ends.npy`` (int64, where each document ends) and
-``NAME.bytes.npy`` (int64, UTF-8 bytes of each document's judged text). They are read memory-mapped.
+One shard is four files: ``NAME.ids.npy`` (uint16, documents end to end), ``NAME.judged.npy``
+(uint8, 1 where the token counts in the loss), ``NAME.ends.npy`` (int64, where each document ends)
+and ``NAME.bytes.npy`` (int64, UTF-8 bytes of each document's judged text). They are read
+memory-mapped.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from recipes.mini import chats, documents, sources, tokenizer
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from qnext.errors import DataError
-from recipes.mini import chats, documents, sources, tokenizer
 
 SEED = 20261121
 TOKENIZER_SAMPLE_CHARACTERS = 30_000_000
@@ -110,7 +111,9 @@ def open_shards(folder: Path) -> dict[str, Shard]:
 
 
 def sample_texts(by_source: dict[str, list[documents.Item]], limit: int) -> Iterator[str]:
-    """Texts for the tokenizer: every source in its share of the whole mixture, ``limit`` characters."""
+    """Texts for the tokenizer: every source in its share of the whole mixture, ``limit``
+    characters.
+    """
     total = sum(s.pretrain + s.finetune for s in sources.SOURCES)
     for name, items in by_source.items():
         entry = sources.source(name)

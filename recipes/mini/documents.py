@@ -1,7 +1,7 @@
 """From corpus rows to training documents: plain text for pretraining, chats for fine-tuning.
 
-Everything is a pure function of the rows and a seed. A document is held out for evaluation by the hash of
-its id, one in a hundred, before anything is made from it.
+Everything is a pure function of the rows and a seed. A document is held out for evaluation by the
+hash of its id, one in a hundred, before anything is made from it.
 """
 
 import hashlib
@@ -33,8 +33,9 @@ class Document:
 def is_held_out(document_id: str) -> bool:
     """One story, dialogue or piece in a hundred, decided by its id alone.
 
-    Generated text and single facts are never held out: the first repeats itself, the second cannot be
-    guessed from other facts. All parts of a story go together, whichever corpus they come from.
+    Generated text and single facts are never held out: the first repeats itself, the second
+    cannot be guessed from other facts. All parts of a story go together, whichever corpus they
+    come from.
     """
     if document_id.startswith(("made/", "fact:", "factbook/sentences/")):
         return False

@@ -2,8 +2,8 @@
 
     python -m recipes.mini.evaluate --model src/qnext/models/qnext-mini
 
-Everything is greedy or a likelihood, so that the numbers repeat on one machine. Results are written as
-JSON; ``card.py`` prints them into the model card.
+Everything is greedy or a likelihood, so that the numbers repeat on one machine. Results are
+written as JSON; ``card.py`` prints them into the model card.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from random import Random
 
 import numpy as np
 import torch
+from recipes.mini import arithmetic, data
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -26,7 +27,6 @@ import qnext
 from qnext.engine.request import SamplingParams
 from qnext.model.batch import TokenBatch
 from qnext.model.model import CausalLM
-from recipes.mini import arithmetic, data
 
 PROMPTS = (
     "Hello!",
@@ -184,8 +184,8 @@ def arithmetic_accuracy(llm: qnext.LLM, count: int) -> dict[str, dict[str, float
 
 
 def stopping(llm: qnext.LLM, shards: dict[str, data.Shard], count: int) -> dict[str, float]:
-    """Share of greedy answers to held-out chat prompts that end by themselves within 300 tokens, and
-    whose think block is closed.
+    """Share of greedy answers to held-out chat prompts that end by themselves within 300 tokens,
+    and of those with exactly one closed think block.
     """
     turn = llm.tokenizer.id_of("<|im_start|>")
     close = llm.tokenizer.id_of("</think>")
@@ -209,7 +209,9 @@ def stopping(llm: qnext.LLM, shards: dict[str, data.Shard], count: int) -> dict[
 
 @torch.no_grad()
 def blimp(model: CausalLM, coder: object, path: Path, per_task: int) -> dict[str, float]:
-    """Share of minimal pairs whose good sentence is likelier (sum of log-probabilities, ties wrong)."""
+    """Share of minimal pairs whose good sentence is likelier (sum of log-probabilities, ties
+    wrong).
+    """
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     by_task: dict[str, list[dict]] = {}

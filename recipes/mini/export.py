@@ -11,13 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from recipes.mini import optim
 from safetensors import safe_open
 
 import qnext
 from qnext.config import ModelConfig
 from qnext.errors import DataError
 from qnext.model.model import CausalLM
-from recipes.mini import optim
 
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}
 """A small model wanders at the family's usual 0.7."""

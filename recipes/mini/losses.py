@@ -1,7 +1,7 @@
 """Objectives: next token, token after next, and an even load on the experts.
 
-Head and cross-entropy are one function that works on blocks of rows, so that logits of the whole batch
-never exist.
+Head and cross-entropy are one function that works on blocks of rows, so that logits of the whole
+batch never exist.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Targets:
 
     @classmethod
     def ahead(cls, ids: Tensor, judged: Tensor, sequence: Tensor, distance: int) -> "Targets":
-        """Row t is judged on token t + ``distance`` if that token counts and is of the same document.
+        """Row t is judged on token t + ``distance`` if it counts and is of the same document.
 
         ``ids``, ``judged`` and ``sequence`` (document number) are [P].
         """
@@ -34,7 +34,9 @@ class Targets:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(x W^T)[label]; gradients are formed while the logits are there."""
+    """Sum over rows of -log softmax(x W^T)[label]; gradients are formed while the logits are
+    there.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, labels):  # type: ignore[no-untyped-def, override]
@@ -65,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of rows ``x`` [R, D] under the head ``weight`` [V, D], float32 scalar."""
+    """Summed cross-entropy of rows ``x`` [R, D] under the head ``weight`` [V, D], a float32."""
     return _LinearCrossEntropy.apply(x, weight, labels)
 
 

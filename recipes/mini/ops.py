@@ -1,9 +1,9 @@
 """The ops qnext-mini trains with on a CPU: same results as the package's own, gradients by hand.
 
-Differences, all for speed on short documents: the delta rule works on chunks of 32 tokens, inverts its
-triangles by small matrix products instead of a LAPACK call per chunk, and keeps what its backward needs;
-gathers know their inverse, so that no gradient is scattered with accumulation. The tests compare outputs
-and gradients with the reference ops.
+Differences, all for speed on short documents: the delta rule works on chunks of 32 tokens,
+inverts its triangles by small matrix products instead of a LAPACK call per chunk, and keeps what
+its backward needs; gathers know their inverse, so that no gradient is scattered with
+accumulation. The tests compare outputs and gradients with the reference ops.
 """
 
 from dataclasses import replace
@@ -35,8 +35,8 @@ def training_ops() -> Ops:
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + A)^-1 of strictly lower triangular A [..., 32, 32].
 
-    Blocks of 8 by (I - A)(I + A^2)(I + A^4), exact since A^8 = 0 there, then merged by pairs:
-    the lower left part of an inverse is -(L22^-1 A21 L11^-1). Products of whole 32-wide powers would
+    Blocks of 8 by (I - A)(I + A^2)(I + A^4), exact since A^8 = 0 there, then merged by pairs: the
+    lower left part of an inverse is -(L22^-1 A21 L11^-1). Products of whole 32-wide powers would
     lose digits when keys repeat; within 8 they cannot grow that far.
     """
     size = lower.shape[-1]
@@ -74,7 +74,8 @@ class _GatedDelta(torch.autograd.Function):
 
     In the notation of the package's chunked op, with T = (I + A)^-1 and, for every chunk, S the
     state entering and S' the one leaving. Every G_i scales the query and erasing roles of row i by
-    exp(G_i) and its writing role by exp(-G_i), so the gradient of G is a difference of three dot products.
+    exp(G_i) and its writing role by exp(-G_i), so the gradient of G is a difference of three dot
+    products.
     """
 
     @staticmethod
@@ -172,7 +173,9 @@ def gated_delta_chunk(
     state: Tensor | None,
     segments: Segments,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of ``GatedDelta`` for a zero state; the returned state is empty, nobody reads it."""
+    """The contract of ``GatedDelta`` for a zero state; the returned state is empty, nobody reads
+    it.
+    """
     assert state is None, "training starts every document from nothing"
     table = segments.chunks(CHUNK)
     out = _GatedDelta.apply(q, k, v, g, beta, table, v.shape[1] // k.shape[1])
@@ -230,7 +233,9 @@ def causal_conv(
 
 
 class _Gather(torch.autograd.Function):
-    """``x[rows]`` where every row of x is taken ``times`` times, at places ``back`` [rows of x, times]."""
+    """``x[rows]`` where every row of x is taken ``times`` times, at places ``back`` [rows of x,
+    times].
+    """
 
     @staticmethod
     def forward(ctx, x, rows, back):  # type: ignore[no-untyped-def, override]

@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest, with float32 masters of bfloat16 weights.
 
-Muon (Keller Jordan and others, 2024) replaces a matrix gradient by the nearest orthogonal matrix; scaled
-as in Moonlight (arXiv 2502.16982) its updates have the size of AdamW's, so that one learning rate serves
-both. With few steps to spend it learns clearly faster than AdamW alone.
+Muon (Keller Jordan and others, 2024) replaces a matrix gradient by the nearest orthogonal matrix;
+scaled as in Moonlight (arXiv 2502.16982) its updates have the size of AdamW's, so that one
+learning rate serves both. With few steps to spend it learns clearly faster than AdamW alone.
 """
 
 import re
@@ -85,11 +85,14 @@ class Optimiser:
     def step(self, grads: Sequence[Tensor | None], rate: float, pool: Executor) -> float:
         """Clip and update; returns the gradient norm before clipping.
 
-        ``grads`` are float32, one per parameter in the model's order, None for no gradient; they are
-        overwritten. A step whose gradient is not finite changes nothing.
+        ``grads`` are float32, one per parameter in the model's order, None for no gradient; they
+        are overwritten. A step whose gradient is not finite changes nothing.
         """
-        todo = [(group, grad) for group, grad in zip(self.groups, grads, strict=True)
-                if grad is not None]
+        todo = [
+            (group, grad)
+            for group, grad in zip(self.groups, grads, strict=True)
+            if grad is not None
+        ]
         norm = float(torch.linalg.vector_norm(torch.stack([grad.norm() for _, grad in todo])))
         if not norm < float("inf"):
             return norm

@@ -1,8 +1,9 @@
-"""The corpora qnext-mini learns from: where each file lies, its licence, and its share of the mixture.
+"""The corpora qnext-mini learns from: where each file lies, its licence, and its share of the
+mixture.
 
-This table is the only place that decides what may be read. Share-alike and unclear sources are not in
-it on purpose: the licence of the weights must not depend on an unsettled question. ``card.py`` prints
-the table, so a source that is used is a source that is credited.
+This table is the only place that decides what may be read. Share-alike and unclear sources are
+not in it on purpose: the licence of the weights must not depend on an unsettled question.
+``card.py`` prints the table, so a source that is used is a source that is credited.
 """
 
 import json
@@ -46,9 +47,10 @@ SOURCES = (
         name="picture_books",
         file="stories/children_short_stories.jsonl.xz",
         licence="CC BY 4.0; fairy tales Apache-2.0 (texts in the public domain)",
-        attribution="African Storybook (African Storybook Initiative, Saide) and StoryWeaver (Pratham "
-        "Books) picture books by their named authors, through the Global African Storybook Project; "
-        "fairy tales from FairytaleQA (University of California, Irvine). Layout removed, lines joined",
+        attribution="African Storybook (African Storybook Initiative, Saide) and StoryWeaver "
+        "(Pratham Books) picture books by their named authors, through the Global African "
+        "Storybook Project; fairy tales from FairytaleQA (University of California, Irvine). "
+        "Layout removed, lines joined",
         pretrain=0.17,
         finetune=0.04,
     ),
@@ -64,9 +66,9 @@ SOURCES = (
         name="self_dialogue",
         file="dialogues/self_dialogue.jsonl.xz",
         licence="BSD-3-Clause",
-        attribution="The Self-dialogue Corpus, copyright (c) Joachim Fainberg, Ben Krause, Mihai Dobre, "
-        "Marco Damonte, Emmanuel Kahembwe, Daniel Duma, Bonnie Webber, Federico Fancellu "
-        "(arXiv 1809.06641)",
+        attribution="The Self-dialogue Corpus, copyright (c) Joachim Fainberg, Ben Krause, "
+        "Mihai Dobre, Marco Damonte, Emmanuel Kahembwe, Daniel Duma, Bonnie Webber, Federico "
+        "Fancellu (arXiv 1809.06641)",
         pretrain=0.16,
         finetune=0.12,
     ),
@@ -82,9 +84,9 @@ SOURCES = (
         name="textbooks",
         file="openstax/openstax_society.jsonl.xz",
         licence="CC BY 4.0",
-        attribution="OpenStax, Rice University. Access for free at https://openstax.org. *Life, Liberty, "
-        "and the Pursuit of Happiness* is by the Bill of Rights Institute and OpenStax. Converted to "
-        "plain text; figures and tables dropped",
+        attribution="OpenStax, Rice University. Access for free at https://openstax.org. "
+        "*Life, Liberty, and the Pursuit of Happiness* is by the Bill of Rights Institute and "
+        "OpenStax. Converted to plain text; figures and tables dropped",
         pretrain=0.06,
         finetune=0.0,
     ),
@@ -92,8 +94,8 @@ SOURCES = (
         name="science_textbooks",
         file="openstax/openstax_science.jsonl.xz",
         licence="CC BY 4.0",
-        attribution="OpenStax, Rice University. Access for free at https://openstax.org. Converted to "
-        "plain text; figures and tables dropped",
+        attribution="OpenStax, Rice University. Access for free at https://openstax.org. "
+        "Converted to plain text; figures and tables dropped",
         pretrain=0.05,
         finetune=0.0,
     ),
@@ -126,8 +128,8 @@ SOURCES = (
         name="instructions",
         file="instruct/simple_instructions.jsonl.xz",
         licence="Apache-2.0",
-        attribution="instruction examples of LLMs-from-scratch (Sebastian Raschka), identity examples of "
-        "LLaMA-Factory, seed tasks of Stanford Alpaca",
+        attribution="instruction examples of LLMs-from-scratch (Sebastian Raschka), identity "
+        "examples of LLaMA-Factory, seed tasks of Stanford Alpaca",
         pretrain=0.0,
         finetune=0.07,
     ),
@@ -158,7 +160,8 @@ SOURCES = (
 )
 
 
-# The plainest children's books; long mythologies and sea novels would teach a small model rare words.
+# The plainest children's books; long mythologies and sea novels would teach a small model rare
+# words.
 _PLAIN_CLASSICS = (
     "Aesop",
     "Andersen",
@@ -192,7 +195,9 @@ _UNWANTED = re.compile(
     re.IGNORECASE,
 )
 
-_PUNCTUATION = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "…": "...", "\u00a0": " "})
+_PUNCTUATION = str.maketrans(
+    {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "…": "...", "\u00a0": " "}
+)
 
 
 def source(name: str) -> Source:
@@ -214,7 +219,9 @@ def plain(text: str) -> str:
 
 
 def read_rows(entry: Source, data_dir: Path) -> list[dict]:
-    """All rows of a corpus file (JSON lines, xz). Raises DataError if the file is absent or damaged."""
+    """All rows of a corpus file (JSON lines, xz). Raises DataError if the file is absent or
+    damaged.
+    """
     path = data_dir / entry.file
     if not path.is_file():
         raise DataError(
@@ -252,7 +259,7 @@ def textbook_texts(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
 
 
 def country_facts(rows: list[dict]) -> list[dict[str, str]]:
-    """Per country: ``name``, and where known ``capital``, ``continent``, ``languages``, ``currency``,
+    """Per country: ``id``, ``name``, ``continent``, and where known ``capital``, ``language`` and
     ``place`` (a clause saying where the country lies).
     """
     continents = {

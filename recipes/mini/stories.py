@@ -1,4 +1,5 @@
-"""Short stories from plots with blanks, so that a request for a story about something gets that story.
+"""Short stories from plots with blanks, so that a request for a story about something gets that
+story.
 
 Corpus stories teach the language; these teach to stay with the hero and the thing the user named.
 """
@@ -232,7 +233,8 @@ def _storm(rng: Random, s: dict[str, str]) -> list[str]:
         f"One night there was a big storm. The wind was loud and {s['name']} was afraid.",
         f"Then {s['he']} heard a small voice outside. It was a {s['friend']}.",
         f'"I am cold and wet," said the {s["friend"]}. "May I come in?"',
-        f'"Of course," said {s["name"]}. {s["He"]} made a fire and gave the {s["friend"]} {s["food"]}.',
+        f'"Of course," said {s["name"]}. '
+        f"{s['He']} made a fire and gave the {s['friend']} {s['food']}.",
         rng.choice(
             (
                 "They told stories until the rain stopped.",
@@ -248,7 +250,8 @@ def _learning(rng: Random, s: dict[str, str]) -> list[str]:
     skill = rng.choice(("swim", "dance", "read", "whistle", "paint", "bake bread", "skate"))
     return [
         f"But there was one thing {s['name']} could not do. {s['He']} could not {skill}.",
-        f"One {s['weather']} day, {s['he']} tried to {skill} near {s['place']}, but it did not work.",
+        f"One {s['weather']} day, {s['he']} tried to {skill} near {s['place']}, but it did not "
+        f"work.",
         f'"I will never learn it," {s["he"]} said.',
         f'A {s["friend"]} heard this. "Try again," said the {s["friend"]}. "I will show you."',
         "They tried the next day, and the day after that.",
@@ -346,7 +349,9 @@ def request(rng: Random, subject: str) -> str:
 
 
 def story_chat(rng: Random) -> Chat:
-    """A request for a story about a hero, and the story; sometimes followed by thanks or a question."""
+    """A request for a story about a hero, and the story; sometimes followed by thanks or a
+    question.
+    """
     hero, name, text = story(rng)
     trait = rng.choice(_TRAITS)
     subject = rng.choice(

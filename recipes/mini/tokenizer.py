@@ -1,8 +1,8 @@
 """A byte-level BPE of the Qwen kind, small enough for a 17 M parameter model.
 
-Same rules as the published Qwen tokenizer (NFC, its splitting pattern, one token per digit, nothing
-prepended or appended, the same 26 added tokens), own merges. Id order: bytes and merges, then the added
-tokens, then spare rows up to a multiple of 64.
+Same rules as the published Qwen tokenizer (NFC, its splitting pattern, one token per digit,
+nothing prepended or appended, the same 26 added tokens), own merges. Id order: bytes and merges,
+then the added tokens, then spare rows up to a multiple of 64.
 """
 
 import json

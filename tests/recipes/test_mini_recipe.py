@@ -396,9 +396,7 @@ def tiny_run(shards_dir, folder, **options) -> train.Run:
 
 
 def test_workers_together_make_the_same_step_as_one(shards_dir, tmp_path):
-    runs = [
-        tiny_run(shards_dir, tmp_path / str(n), dtype=torch.float32, workers=n) for n in (1, 2)
-    ]
+    runs = [tiny_run(shards_dir, tmp_path / str(n), dtype=torch.float32, workers=n) for n in (1, 2)]
     # The balance of experts is taken per part; everything else must agree.
     for run in runs:
         run.plan = replace(run.plan, balance=0.0, balance_late=0.0)
