@@ -178,3 +178,61 @@ def test_amounts_of_memory(amount, wanted):
 def test_wrong_amounts_of_memory_are_refused(amount):
     with pytest.raises(RequestError, match="expected an amount such as 2GiB"):
         parse_bytes(amount)
+
+
+def test_several_answers_to_one_prompt(llm):
+    params = SamplingParams(temperature=1.5, seed=3, n=3, max_tokens=12, ignore_eos=True)
+    [found] = llm.generate("The fox", params)
+    texts = [one.text for one in (found, *found.others)]
+    assert len(set(texts)) == 3
+    assert llm.generate("The fox", params)[0] == found
+    assert llm.generate("The fox", replace(params, n=1))[0].text == found.text
+    with pytest.raises(RequestError, match="n must be 1, found 3"):
+        llm.stream("The fox", params)
+
+
+def test_scores_are_the_models_log_probabilities(llm):
+    texts = ["The fox sat by the river.", "moon"]
+    for text, score in zip(texts, llm.score(texts), strict=True):
+        ids = llm.tokenizer.encode(text)
+        with torch.no_grad():
+            logprobs = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = [float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+        assert score.token_ids == tuple(ids)
+        assert score.logprobs == pytest.approx(wanted, abs=1e-4)
+        assert score.total == pytest.approx(sum(wanted), abs=1e-3)
+
+
+def test_banned_words_do_not_appear(llm):
+    plain = llm.generate("The fox", GREEDY)[0].token_ids
+    words = {token: llm.tokenizer.decode([token]) for token in plain}
+    token, word = next(
+        (token, word)
+        for token, word in words.items()
+        if llm.tokenizer.encode(word, allow_added=False) == [token]
+    )
+    assert token not in llm.generate("The fox", replace(GREEDY, bad_words=(word,)))[0].token_ids
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_next_turn_starts_where_this_one_will_not_change(folder, thinking):
+    llm = LLM(folder)
+    messages = [
+        {"role": "system", "content": "The moon. " * 20},
+        {"role": "user", "content": "Tell me about the fox and the river."},
+    ]
+    params = replace(GREEDY, max_tokens=5)
+    request, _ = llm.prepare_chat(messages, params, enable_thinking=thinking)
+    hints = {why: length for length, why in request.hints}
+    first = llm.chat(messages, params, enable_thinking=thinking)
+    later = [
+        *messages,
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "And the moon?"},
+    ]
+    second = llm.chat(later, params, enable_thinking=thinking)
+    assert second.usage.cached_tokens >= hints["stable"]
+    other = [messages[0], {"role": "user", "content": "Something else."}]
+    assert llm.chat(other, params, enable_thinking=thinking).usage.cached_tokens == hints["system"]
+    cold = LLM(folder, prefix_cache=False)
+    assert cold.chat(later, params, enable_thinking=thinking).text == second.text

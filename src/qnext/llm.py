@@ -27,6 +27,7 @@ from qnext.engine.request import (
 from qnext.errors import RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.text.chat import ChatTemplate, opens_thinking
+from qnext.text.history import stable_lengths
 from qnext.text.parse import ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
 from qnext.weights.checkpoint import load_model, resolve_model
@@ -46,6 +47,7 @@ class Delta:
     """None until the last delta."""
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,23 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    others: "tuple[Completion, ...]" = ()
+    """Further answers to the same prompt when ``n`` is more than 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How likely a model finds a text."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Log-probability of every token but the first, given those before it."""
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the text after its first token."""
+        return sum(self.logprobs)
 
 
 class TextReader:
@@ -120,6 +139,7 @@ class TextReader:
                 reasoning_tokens=self._reasoning_tokens,
             ),
             logprobs=event.logprobs[:used],
+            prompt_logprobs=event.prompt_logprobs,
         )
 
     def _split(self, raw: str) -> tuple[str, str]:
@@ -145,7 +165,10 @@ class LLM:
     """A model folder (or ``qnext-mini``) ready to answer.
 
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
-    answer together; by default the model's own limit. Not thread-safe: use it from one thread.
+    answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
+    the MTP head drafts per step (0 for none, "auto" to decide by measurement); it changes speed
+    only. ``prefix_cache`` lets prompts start where earlier ones were. Not thread-safe: use it from
+    one thread.
     """
 
     def __init__(
@@ -158,6 +181,9 @@ class LLM:
         max_batch_tokens: int = 2048,
         memory: str | int = "1GiB",
         max_model_len: int | None = None,
+        speculative_tokens: int | str = 0,
+        prefix_cache: bool = True,
+        snapshot_interval: int = 0,
     ) -> None:
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
@@ -172,6 +198,9 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             memory_bytes=parse_bytes(memory),
             max_model_len=max_model_len,
+            speculative_tokens=speculative_tokens,
+            prefix_cache=prefix_cache,
+            snapshot_interval=snapshot_interval,
         )
 
     def _assemble(
@@ -212,14 +241,14 @@ class LLM:
         return SamplingParams(**{**settings, **overrides})
 
     def prepare_text(
-        self, prompt: str | Sequence[int], params: SamplingParams
+        self, prompt: str | Sequence[int], params: SamplingParams, *, choice: int = 0
     ) -> tuple[Request, TextReader]:
-        """A request that continues plain text or token ids."""
+        """A request that continues plain text or token ids; answer ``choice`` of ``params.n``."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        request = self._request(ids, params)
+        request = self._request(ids, params, choice=choice)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -232,15 +261,17 @@ class LLM:
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
+        choice: int = 0,
     ) -> tuple[Request, TextReader]:
         """A request that answers a conversation through the checkpoint's chat template."""
-        options = dict(template_options or {})
+        options = {**(template_options or {}), "tools": tools}
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
         # Encoded with control tokens only where the template wrote them, not where a user did.
-        ids = self.template.encode(messages, self.tokenizer, tools=tools, **options)
-        prompt = self.template.render(messages, tools=tools, **options)
-        request = self._request(ids, params)
+        ids = self.template.encode(messages, self.tokenizer, **options)
+        prompt = self.template.render(messages, **options)
+        hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
+        request = self._request(ids, params, choice=choice, hints=hints)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -248,13 +279,33 @@ class LLM:
             starts_in_reasoning=opens_thinking(prompt),
         )
 
-    def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
+    def _request(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        hints: tuple[tuple[int, str], ...] = (),
+        score_only: bool = False,
+    ) -> Request:
         return Request(
             id=f"request-{next(self._numbers)}",
             prompt_ids=tuple(ids),
             params=params,
             eos_ids=self.eos_ids,
+            bad_ids=self._bad_ids(params.bad_words),
+            choice=choice,
+            hints=hints,
+            score_only=score_only,
         )
+
+    def _bad_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences that spell a word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip(" ")):
+                found[tuple(self.tokenizer.encode(text, allow_added=False))] = None
+        return tuple(found)
 
     # -- answers ---------------------------------------------------------------------------------
 
@@ -274,14 +325,32 @@ class LLM:
         if several and all(isinstance(item, int) for item in several):
             several = [several]  # one prompt of token ids
         prepared = [
-            self.prepare_text(prompt, one)  # type: ignore[arg-type]
+            [self.prepare_text(prompt, one, choice=c) for c in range(one.n)]  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
             progress = len(prepared) > 1 and sys.stderr.isatty()
-        names = [self._submit(*pair) for pair in prepared]
+        names = [[self._submit(*pair) for pair in pairs] for pairs in prepared]
         bar = tqdm(names, desc="generate", unit="prompt", disable=not progress)
-        return [_complete(self._follow(name)) for name in bar]
+        return [self._gather(choices) for choices in bar]
+
+    def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
+        """Log-probability of every token of each text, given the tokens before it."""
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=0)
+        names = []
+        for prompt in several:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            request = self._request(ids, params, score_only=True)
+            reader = TextReader(
+                self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+            )
+            names.append((tuple(ids), self._submit(request, reader)))
+        scores = []
+        for ids, name in names:
+            found = _complete(self._follow(name)).prompt_logprobs
+            scores.append(Score(token_ids=ids, logprobs=tuple(one.logprob for one in found)))
+        return scores
 
     def chat(
         self,
@@ -292,13 +361,14 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
-        pair = self.prepare_chat(
-            messages,
-            params or self.default_params(max_tokens=None),
-            enable_thinking=enable_thinking,
-            tools=tools,
-        )
-        return _complete(self._follow(self._submit(*pair)), thinks=True)
+        params = params or self.default_params(max_tokens=None)
+        names = []
+        for choice in range(params.n):
+            pair = self.prepare_chat(
+                messages, params, enable_thinking=enable_thinking, tools=tools, choice=choice
+            )
+            names.append(self._submit(*pair))
+        return self._gather(names, thinks=True)
 
     def stream(
         self,
@@ -309,14 +379,21 @@ class LLM:
     ) -> Iterator[Delta]:
         """Like ``generate`` (for a string) or ``chat`` (for messages), piece by piece.
 
-        Closing the iterator cancels the request.
+        Closing the iterator cancels the request. One answer only: ``n`` must be 1.
         """
         params = params or self.default_params(max_tokens=None)
+        if params.n != 1:
+            raise RequestError(f"stream: n must be 1, found {params.n}; use generate or chat.")
         if isinstance(prompt, str):
             pair = self.prepare_text(prompt, params)
         else:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return self._follow(self._submit(*pair))
+
+    def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
+        """The answers to one prompt: the first, with the others attached."""
+        first, *others = [_complete(self._follow(name), thinks=thinks) for name in names]
+        return replace(first, others=tuple(others)) if others else first
 
     def _per_prompt(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -383,6 +460,7 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         logprobs=tuple(item for piece in pieces for item in piece.logprobs),
+        prompt_logprobs=tuple(item for piece in pieces for item in piece.prompt_logprobs),
     )
 
 

@@ -21,6 +21,8 @@ from qnext.errors import RequestError
 
 PREFILL_ROWS = 64
 """Rows of a step that drafts leave to a waiting prompt."""
+SCORED_ROWS = 256
+"""Rows of a step whose logits are all wanted: a row is a whole vocabulary."""
 MAX_BYPASS = 8
 """How often a request that does not fit may be overtaken."""
 MAX_SNAPSHOTS = 4
@@ -203,9 +205,7 @@ class Scheduler:
             # A prompt of one token, or the last token of a resumed one, may plant a snapshot too.
             end = sequence.done + 1
             captures = self._captures(sequence, end) if sequence.plants else ()
-            items.append(
-                Item(sequence=sequence, count=1 + len(sequence.drafts), captures=captures)
-            )
+            items.append(Item(sequence=sequence, count=1 + len(sequence.drafts), captures=captures))
         for sequence in prefilling:
             sequence.drafts.clear()
             count = self._chunk(sequence, budget)
@@ -220,6 +220,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Rows of a prompt in this step: on the page grid unless it ends the prompt."""
         left = sequence.length - sequence.done
+        if sequence.request.score_only or sequence.request.params.prompt_logprobs is not None:
+            budget = min(budget, SCORED_ROWS)
         if left <= budget:
             return left
         end = sequence.done + budget
