@@ -232,7 +232,7 @@ class HybridCache:
         assert len(kept) == len(lengths), (kept, lengths)
         assert all(0 <= n <= t for n, t in zip(kept, lengths, strict=True)), (kept, lengths)
         assert all(kept[b] == lengths[b] for b in view.settled), (
-            "tokens can only be dropped from a speculative sequence"
+            "tokens can only be dropped from a speculative view"
         )
         live = [b for b in view.speculative if kept[b]]
         if live and len(self.config.delta_layers):
