@@ -151,7 +151,7 @@ class ModelConfig:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=read.integer("num_key_value_heads", 2 if hybrid else heads),
-            head_dim=read.integer("head_dim", 256 if hybrid else 128),
+            head_dim=read.head_dim(model_type, heads),
             intermediate_size=read.integer("intermediate_size", 5632 if hybrid else None),
             layer_types=read.layer_types(layers, hybrid),
             rope=read.rope(0.25 if hybrid else 1.0),
@@ -415,6 +415,17 @@ class _Reader:
             raise ConfigError(f"config.json: {key} must be an integer, found {value!r}.")
         return value
 
+    def head_dim(self, model_type: str, heads: int) -> int:
+        # Qwen3-MoE alone has no default of its own: without the key, heads share the hidden size.
+        if model_type == "qwen3_moe" and heads > 0:
+            default = self.integer("hidden_size", None) // heads
+        else:
+            default = 256 if model_type == "qwen3_next" else 128
+        return self.integer("head_dim", default)
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.raw.get(key) is None else self.number(key, 0.0)
+
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
         if (
@@ -483,35 +494,47 @@ class _Reader:
         )
 
     def rope(self, default_partial: float) -> RopeConfig:
-        nested = self._object("rope_parameters")
-        settings = {**self._object("rope_scaling"), **nested}
-        merged = {
-            **{k: self.raw[k] for k in ("rope_theta", "partial_rotary_factor") if k in self.raw}
-        }
-        merged.update(settings)
-        kind = str(merged.get("rope_type") or merged.get("type") or "default")
+        flat = {k: self.raw[k] for k in ("rope_theta", "partial_rotary_factor") if k in self.raw}
+        merged = {**flat, **self._rope_settings()}
         read = _Reader(merged)
-        original = merged.get("original_max_position_embeddings")
-        factor = merged.get("factor", 1.0)
+        kind = str(merged.get("rope_type") or "default")
+        original, factor = None, read.optional_number("factor")
         if kind == "yarn":
-            trained = original or self.integer("max_position_embeddings", 32768)
-            original = trained
-            if factor is None:
-                factor = self.integer("max_position_embeddings", 32768) / trained
-        known = {"factor": factor if factor is not None else 1.0}
+            longest = self.integer("max_position_embeddings", 32768)
+            original = read.integer("original_max_position_embeddings", longest)
+            if original < 1:
+                raise ConfigError(
+                    "config.json: original_max_position_embeddings must be at least 1, "
+                    f"found {original}."
+                )
+            factor = factor if factor is not None else longest / original
         return RopeConfig(
             rope_type=kind,
             rope_theta=read.number("rope_theta", 10000.0),
             partial_rotary_factor=read.number("partial_rotary_factor", default_partial),
-            factor=_Reader(known).number("factor", 1.0),
-            original_max_position_embeddings=original if kind == "yarn" else None,
-            attention_factor=merged.get("attention_factor"),
-            beta_fast=float(merged.get("beta_fast") or 32.0),
-            beta_slow=float(merged.get("beta_slow") or 1.0),
-            mscale=merged.get("mscale"),
-            mscale_all_dim=merged.get("mscale_all_dim"),
+            factor=factor if factor is not None else 1.0,
+            original_max_position_embeddings=original,
+            attention_factor=read.optional_number("attention_factor"),
+            beta_fast=read.optional_number("beta_fast") or 32.0,
+            beta_slow=read.optional_number("beta_slow") or 1.0,
+            mscale=read.optional_number("mscale"),
+            mscale_all_dim=read.optional_number("mscale_all_dim"),
             truncate=read.boolean("truncate", True),
         )
+
+    def _rope_settings(self) -> dict[str, Any]:
+        """``rope_scaling`` and ``rope_parameters`` in one; they must not disagree."""
+        older, newer = self._object("rope_scaling"), self._object("rope_parameters")
+        for settings in (older, newer):
+            if "type" in settings:
+                settings.setdefault("rope_type", settings.pop("type"))
+        for key in older.keys() & newer.keys():
+            if older[key] != newer[key]:
+                raise ConfigError(
+                    f"config.json: rope_scaling says {key} {older[key]!r}, rope_parameters says "
+                    f"{newer[key]!r}. Keep one of the two objects."
+                )
+        return {**older, **newer}
 
     def _object(self, key: str) -> dict[str, Any]:
         value = self.raw.get(key)
@@ -519,4 +542,4 @@ class _Reader:
             return {}
         if not isinstance(value, dict):
             raise ConfigError(f"config.json: {key} must be an object, found {value!r}.")
-        return cast("dict[str, Any]", value)
+        return dict(cast("dict[str, Any]", value))
