@@ -170,12 +170,12 @@ class CausalLM(nn.Module):
         positions, and the last token of a right-padded row, are zero.
         """
         self._check_ids(input_ids)
-        if input_ids.shape[1] < 2:
+        batch, rectangle = Rectangle.pack(input_ids, attention_mask)
+        if rectangle.shape[1] < 2:
             raise RequestError(
                 "mtp_logits: expected at least 2 tokens per row, because the head reads a token "
-                f"and its successor; found {input_ids.shape[1]}."
+                f"and its successor; found {rectangle.shape[1]}."
             )
-        batch, rectangle = Rectangle.pack(input_ids, attention_mask)
         hidden_PD = self.run(batch)
         # The last token of a sequence has no successor; nothing before it can see that row.
         next_ids = torch.cat((batch.ids[1:], batch.ids.new_zeros(1)))
