@@ -92,7 +92,7 @@ class Engine:
     ``memory_bytes`` bounds the cache: states of ``max_num_seqs`` sequences, snapshots of prefixes,
     and pages of keys and values. ``defined_ids`` is one more than the largest id the tokenizer
     knows. ``speculative_tokens`` is a number of drafts (0 for none) or "auto"; it is 0 for a model
-    without an MTP head. ``runner`` and ``clock`` may be replaced for tests.
+    without an MTP head. ``clock`` gives seconds; ``around`` takes another runner.
     """
 
     def __init__(
@@ -111,19 +111,15 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
-        self.policy = DraftPolicy(
-            _draft_setting(speculative_tokens, has_head=model.mtp is not None)
-        )
-        self.max_model_len = min(
+        setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
+        max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
-        self.defined_ids = min(defined_ids or config.vocab_size, config.vocab_size)
-        self.vocab_size = config.vocab_size
         sizes = CacheSizes.within(
             config,
             memory_bytes=memory_bytes,
             max_num_seqs=max_num_seqs,
-            max_model_len=self.max_model_len,
+            max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
         )
@@ -131,41 +127,92 @@ class Engine:
             model,
             num_slots=sizes.num_slots + sizes.num_snapshots,
             num_pages=sizes.num_pages,
-            track_mtp=self.policy.limit > 0,
+            track_mtp=setting != 0,
             rollback=rollback,
         )
-        snapshot_slots = [runner.open() for _ in range(sizes.num_snapshots)]
         self._set_up(
             runner,
             PagePool(sizes.num_pages),
-            snapshot_slots,
             num_slots=sizes.num_slots,
+            num_snapshots=sizes.num_snapshots,
+            page_size=PAGE_SIZE,
             max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len,
+            vocab_size=config.vocab_size,
+            defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
+            speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
             clock=clock,
         )
+
+    @classmethod
+    def around(
+        cls,
+        runner: Runner,
+        pool: PagePool,
+        *,
+        num_slots: int,
+        num_snapshots: int,
+        page_size: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+        defined_ids: int,
+        speculative_tokens: int | str = 0,
+        snapshot_interval: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "Engine":
+        """An engine over a runner and pages that are there already.
+
+        The runner has at least ``num_slots + num_snapshots`` free slots and as many pages as the
+        pool, of ``page_size`` tokens.
+        """
+        engine = cls.__new__(cls)
+        engine._set_up(
+            runner,
+            pool,
+            num_slots=num_slots,
+            num_snapshots=num_snapshots,
+            page_size=page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            defined_ids=defined_ids,
+            speculative_tokens=_draft_setting(speculative_tokens, has_head=True),
+            snapshot_interval=snapshot_interval,
+            clock=clock,
+        )
+        return engine
 
     def _set_up(
         self,
         runner: Runner,
         pool: PagePool,
-        snapshot_slots: Sequence[int],
         *,
         num_slots: int,
+        num_snapshots: int,
+        page_size: int,
         max_batch_tokens: int,
+        max_model_len: int,
+        vocab_size: int,
+        defined_ids: int,
+        speculative_tokens: int | str,
         snapshot_interval: int,
         clock: Callable[[], float],
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
-        self.prefix = PrefixCache(pool, snapshot_slots, clock=clock)
+        self.max_model_len, self.vocab_size = max_model_len, vocab_size
+        self.defined_ids = defined_ids
+        self.policy = DraftPolicy(speculative_tokens)
+        self.prefix = PrefixCache(pool, [runner.open() for _ in range(num_snapshots)], clock=clock)
         self.scheduler = Scheduler(
             slots=runner,
             num_slots=num_slots,
             pool=pool,
             prefix=self.prefix,
-            page_size=PAGE_SIZE,
+            page_size=page_size,
             max_batch_tokens=max_batch_tokens,
-            max_model_len=self.max_model_len,
+            max_model_len=max_model_len,
             max_drafts=self.policy.limit,
             interval=snapshot_interval,
         )
