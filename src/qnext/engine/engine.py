@@ -238,11 +238,12 @@ class Engine:
                     f"prompt token {position}: id {token} is outside the vocabulary "
                     f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
                 )
-        for token in (*request.params.logit_bias, *request.params.stop_token_ids):
+        banned = [token for word in request.bad_ids for token in word]
+        for token in (*request.params.logit_bias, *request.params.stop_token_ids, *banned):
             if not 0 <= token < limit:
                 raise RequestError(
-                    f"logit_bias and stop_token_ids: id {token} is outside the vocabulary "
-                    f"(0 ... {limit - 1})."
+                    f"logit_bias, stop_token_ids and bad_words: id {token} is outside the "
+                    f"vocabulary (0 ... {limit - 1})."
                 )
         seed = request.params.seed
         if seed is None:

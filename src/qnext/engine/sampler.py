@@ -110,7 +110,7 @@ def _adjust(scores_V: Tensor, row: SampleRow) -> None:
             scores_V[token] += bias
     for word in row.bad_words:
         before = tuple(row.recent[len(row.recent) - len(word) + 1 :]) if len(word) > 1 else ()
-        if before == word[:-1]:
+        if before == word[:-1] and word[-1] < scores_V.shape[0]:
             scores_V[word[-1]] = float("-inf")
     if row.index < params.min_tokens and row.stop_ids:
         scores_V[[token for token in row.stop_ids if token < scores_V.shape[0]]] = float("-inf")
