@@ -320,7 +320,7 @@ class Engine:
         start, drafts = sequence.done, sequence.drafts
         known = sequence.tokens(start, start + item.count)
         ids = [*known, *drafts][: item.count]
-        if self._scores_prompt(sequence):
+        if sequence.scores_prompt:
             rows = range(item.count)
         elif not self._samples(item):
             rows = range(0)
@@ -433,17 +433,12 @@ class Engine:
 
     # -- scoring ---------------------------------------------------------------------------------
 
-    def _scores_prompt(self, sequence: Running) -> bool:
-        request = sequence.request
-        wants = request.score_only or request.params.prompt_logprobs is not None
-        return wants and len(sequence.prompt_logprobs) < len(request.prompt_ids) - 1
-
     def _score_prompts(self, items: Sequence[Item], works: Sequence[Work], logits: Tensor) -> None:
         """Log-probabilities of prompt tokens from the rows before them."""
         at = 0
         for item, work in zip(items, works, strict=True):
             sequence, rows = item.sequence, len(work.rows)
-            if self._scores_prompt(sequence):
+            if sequence.scores_prompt:
                 prompt = sequence.request.prompt_ids
                 start = len(sequence.prompt_logprobs)
                 end = min(sequence.done + item.count, len(prompt) - 1)
@@ -460,7 +455,7 @@ class Engine:
         if not self.policy.limit:
             return
         started = self._clock()
-        decoding = [s for s in sequences if s.length - s.done == 1]
+        decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
         k = self.policy.choose([s.request.id for s in decoding])
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
