@@ -19,6 +19,7 @@ from torch import Tensor
 from qnext import cost
 from qnext.config import ModelConfig
 from qnext.engine.blocks import PagePool
+from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
@@ -92,7 +93,9 @@ class Engine:
     ``memory_bytes`` bounds the cache: states of ``max_num_seqs`` sequences, snapshots of prefixes,
     and pages of keys and values. ``defined_ids`` is one more than the largest id the tokenizer
     knows. ``speculative_tokens`` is a number of drafts (0 for none) or "auto"; it is 0 for a model
-    without an MTP head. ``runner`` and ``clock`` may be replaced for tests.
+    without an MTP head. ``max_chunk_tokens`` bounds how much of one prompt a step runs.
+    ``batch_invariant`` checks that the model's ops give a token the same bits on every path (it
+    must have been loaded with them); BackendError if they do not.
     """
 
     def __init__(
@@ -107,10 +110,14 @@ class Engine:
         speculative_tokens: int | str = 0,
         prefix_cache: bool = True,
         snapshot_interval: int = 0,
+        max_chunk_tokens: int | None = None,
+        batch_invariant: bool = False,
         rollback: Rollback = "snapshots",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
+        if batch_invariant:
+            check_path_independence(model)
         self.policy = DraftPolicy(
             _draft_setting(speculative_tokens, has_head=model.mtp is not None)
         )
@@ -141,6 +148,7 @@ class Engine:
             snapshot_slots,
             num_slots=sizes.num_slots,
             max_batch_tokens=max_batch_tokens,
+            max_chunk_tokens=max_chunk_tokens,
             snapshot_interval=snapshot_interval,
             clock=clock,
         )
@@ -153,6 +161,7 @@ class Engine:
         *,
         num_slots: int,
         max_batch_tokens: int,
+        max_chunk_tokens: int | None,
         snapshot_interval: int,
         clock: Callable[[], float],
     ) -> None:
@@ -167,6 +176,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_model_len=self.max_model_len,
             max_drafts=self.policy.limit,
+            max_chunk_tokens=max_chunk_tokens,
             interval=snapshot_interval,
         )
         self._sequences: dict[str, Running] = {}
