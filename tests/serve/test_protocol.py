@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qnext.serve
-from qnext.serve.protocol import ApiError, ChatRequest, CompletionRequest, read_body
+from qnext.serve.protocol import (
+    IGNORED,
+    REFUSED,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Sampling,
+    read_body,
+)
 from qnext.serve.server import address, banner, listen
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -301,3 +309,19 @@ def test_the_command_serves_until_it_is_interrupted(tiny_folder) -> None:
     assert process.stderr.read() == ""
     process.stdout.close()
     process.stderr.close()
+
+
+def test_the_document_names_every_field_with_its_kind() -> None:
+    document = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+    rows = dict(re.findall(r"^\| ([\w ,]+?) \| (.+) \|$", document.read_text(), re.MULTILINE))
+    shared = set(Sampling.__struct_fields__)
+    kinds = {
+        "supported, both routes": shared,
+        "supported, chat": set(ChatRequest.__struct_fields__) - shared,
+        "supported, completions": set(CompletionRequest.__struct_fields__) - shared,
+        "ignored": set(IGNORED),
+        "refused": set(REFUSED),
+    }
+    for kind, fields in kinds.items():
+        named = {name.partition(".")[0] for name in re.findall(r"`([a-z_.]+)`", rows[kind])}
+        assert named == fields, kind
