@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tests.serve.conftest import Live, running
+from live_server import Live, running
 
 from qnext import LLM, SamplingParams
 
