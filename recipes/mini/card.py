@@ -189,9 +189,9 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
         "## Measured",
         f"By `python -m recipes.mini.evaluate` on {found['date']} ({found['machine']}); greedy "
         "decoding or likelihoods throughout.",
-        "Held-out text: one story, dialogue or piece in a hundred, never trained on. Rows ending"
-        " in "
-        "`.chat` count the assistant's words only.",
+        "Held-out text: one story, dialogue or piece in a hundred, never trained on. Dialogues, "
+        "and rows ending in `.chat`, count the assistant's words only. A few old tales stand in two "
+        "of the collections in different wording, so the fairy-tale rows may be a little too good.",
         _table(("source", "bits per byte", "loss per token", "tokens"), heldout),
         "Multi-token prediction on held-out stories: how often the head's first choice is the "
         "token "
