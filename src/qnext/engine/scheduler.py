@@ -344,7 +344,7 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.slot is None:
                 continue  # parked meanwhile
-            need = self._pages(sequence.length + self.max_drafts)
+            need = self._pages(self._reach(sequence))
             missing = need - len(sequence.pages)
             while missing > 0 and not self._have(missing):
                 victim = self._victim()
@@ -353,6 +353,15 @@ class Scheduler:
                     break
             if sequence.slot is not None and missing > 0:
                 sequence.pages.extend(self.pool.take(missing))
+
+    def _reach(self, sequence: Sequence) -> int:
+        """Tokens it may have written when the step is over.
+
+        All drafts may be accepted, and then the MTP layer writes the same number once more.
+        """
+        prompt = len(sequence.request.prompt_ids)
+        most = prompt + sequence.max_tokens + self.max_drafts
+        return min(sequence.length + 2 * self.max_drafts, most)
 
     def _have(self, pages: int) -> bool:
         return self.pool.free >= pages or self.prefix.make_room(pages)

@@ -68,7 +68,7 @@ def banner(llm: LLM, listener: socket.socket) -> str:
     by_backend: dict[str, list[str]] = {}
     for op, _, backend in kernels:
         by_backend.setdefault(backend.strip(), []).append(op)
-    pool = llm.engine.scheduler.pool
+    pool = llm.engine.pool
     tokens = pool.num_pages * llm.engine.scheduler.page_size
     lines = [
         f"qnext serves {llm.name} at {url}",

@@ -144,6 +144,7 @@ class Worker:
             self._deliver([(job, error)])
             return
         self._jobs[job.request.id] = job
+        self._note_load()
         self._deliver([(job, None)])
 
     def _step(self) -> None:
