@@ -178,6 +178,7 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
         f"for the rest, peak learning rate {state['plan']['peak_rate']:g}, bfloat16 with float32 "
         f"masters. The MTP head joined after {state['plan']['mtp_from']:.0%} of the time with "
         f"weight {state['plan']['mtp_weight']}.",
+        *_notes(run),
         "![training loss](loss_curve.png)",
         "The points of the curve are in `loss_curve.jsonl`. Commands, from the repository root:",
         "```\npython -m recipes.mini.data --data ../shared/data\n"
@@ -241,6 +242,12 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
 def _pattern(config: ModelConfig) -> str:
     short = {"linear_attention": "delta", "full_attention": "attention"}
     return ", ".join(short[kind] for kind in config.layer_types)
+
+
+def _notes(run: Path) -> list[str]:
+    """What happened to this run that its settings do not say, if anything did."""
+    path = run / "notes.txt"
+    return [path.read_text(encoding="utf-8").strip()] if path.is_file() else []
 
 
 def _minutes(state: dict) -> int:
