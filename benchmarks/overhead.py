@@ -63,6 +63,9 @@ MODEL_PARTS = ("layers", "lm_head", "draft layer")
 """What counts as the model's forward; everything else is the engine."""
 PROMPT_TOKENS = 32
 WARM_UP_STEPS = 10
+DRAFTS = (0, 2)
+MOST_STEPS = 1000
+"""With all drafts accepted these fill a good part of the context of ``MODEL``."""
 
 
 @dataclass(slots=True)
@@ -190,6 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=MODEL["vocab_size"])
     parser.add_argument("--record", action="store_true", help="write docs/results/overhead.json")
     args = parser.parse_args(argv)
+    if min(args.batch, args.steps, args.vocabulary, args.threads or 1) < 1:
+        parser.error("--batch, --steps, --vocabulary and --threads: expected at least 1")
+    if args.steps > MOST_STEPS:
+        parser.error(f"--steps: expected at most {MOST_STEPS}, or the context runs full")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = build_model({**MODEL, "vocab_size": args.vocabulary})
@@ -198,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{size}, vocabulary {args.vocabulary:,}, {torch.get_num_threads()} threads")
     rows = []
     for name, sampling in SAMPLINGS.items():
-        for drafts in (0, 2):
+        for drafts in DRAFTS:
             found = overhead(
                 measure(
                     model, batch=args.batch, steps=args.steps, speculative_tokens=drafts,

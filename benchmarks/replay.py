@@ -55,6 +55,7 @@ class Outcome:
     pieces_s: list[float] = field(default_factory=list)
     """When something arrived: tokens in this process, text over HTTP."""
     end_s: float | None = None
+    """When the last token was there, or the refusal, or the failure."""
     completion_tokens: int = 0
     cached_tokens: int = 0
     drafted_tokens: int | None = 0
@@ -79,9 +80,9 @@ class Outcome:
     @property
     def tpot_s(self) -> float | None:
         """Time per output token after the first; None for answers of one token."""
-        if not self.completed or self.completion_tokens < 2:
+        if not self.completed or self.end_s is None or self.completion_tokens < 2:
             return None
-        return (self.pieces_s[-1] - self.pieces_s[0]) / (self.completion_tokens - 1)
+        return (self.end_s - self.pieces_s[0]) / (self.completion_tokens - 1)
 
     @property
     def latency_s(self) -> float | None:

@@ -67,10 +67,11 @@ class _OverHttp:
                     await self._ask(client, job, outcome)
             except TimeoutError:
                 outcome.failure = f"had not ended after {self._now():.0f} s (--deadline)"
-            except (httpx.HTTPError, json.JSONDecodeError) as error:
+            except (httpx.HTTPError, json.JSONDecodeError, KeyError, TypeError) as error:
                 outcome.failure = f"{type(error).__name__}: {error}"
             finally:
-                outcome.end_s = self._now()
+                if outcome.end_s is None:
+                    outcome.end_s = self._now()
                 room.release()
                 bar.update()
 
@@ -108,15 +109,19 @@ class _OverHttp:
                     self._read(json.loads(line.removeprefix("data: ")), outcome)
         if outcome.failure is None:
             check_end(outcome)
+        if outcome.completed and not outcome.completion_tokens:
+            outcome.failure = "the stream ended without usage, so its tokens are not known"
 
     def _read(self, chunk: dict[str, Any], outcome: Outcome) -> None:
         if "error" in chunk:
             outcome.failure = chunk["error"]["message"]
             return
         for choice in chunk["choices"]:
-            outcome.pieces_s.append(self._now())
+            # The chunk that only says why an answer ended came with the text before it.
+            if choice["text"] or not outcome.pieces_s:
+                outcome.pieces_s.append(self._now())
             if choice["finish_reason"] is not None:
-                outcome.finish_reason = choice["finish_reason"]
+                outcome.finish_reason, outcome.end_s = choice["finish_reason"], self._now()
         usage = chunk.get("usage")
         if usage:
             outcome.completion_tokens = usage["completion_tokens"]

@@ -241,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-num-seqs", type=_count, default=16, metavar="N")
     add("--max-batch-tokens", type=_count, default=2048, metavar="N")
     add("--max-model-len", type=_count, metavar="N")
-    add("--speculative", type=drafts, default=0, metavar="K",
+    add("--speculative", type=_drafts, default=0, metavar="K",
         help="tokens to draft per step, or auto (default: 0)")
     add("--no-prefix-cache", dest="prefix_cache", action="store_false")
 
@@ -258,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def drafts(text: str) -> int | str:
+def _drafts(text: str) -> int | str:
     """A number of drafts, or "auto"."""
     return "auto" if text == "auto" else _natural(text)
 

@@ -251,7 +251,10 @@ def result_rows(cells: Sequence[Cell], conditions: str) -> list[dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write docs/results/speculation.json when asked."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if min(*args.batches, args.rounds, args.tokens, args.threads or 1) < 1:
+        parser.error("--batches, --rounds, --tokens and --threads: expected at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:

@@ -162,3 +162,18 @@ def test_a_model_without_a_head_is_refused(tmp_path, tiny_folder, tiny_config, c
     save_model(headless, tmp_path)
     assert speculation.main(["--model", str(tmp_path)]) == 2
     assert "this model has no MTP head to draft with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (overhead, ["--batch", "0"]),
+        (overhead, ["--steps", "100000"]),
+        (speculation, ["--rounds", "0"]),
+        (speculation, ["--batches", "1", "-4"]),
+    ],
+)
+def test_impossible_numbers_are_refused(program, arguments, capsys):
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+    assert "expected at" in capsys.readouterr().err

@@ -385,6 +385,8 @@ PIECE = b'data: {"choices": [{"text": "a", "finish_reason": null}]}\n\n'
         (200, PIECE.replace(b"null", b'"cancelled"'), 1, "ended as 'cancelled'"),
         (200, b'data: {"error": {"message": "it broke"}}\n\n', 1, "it broke"),
         (200, b"data: {\n\n", 1, "JSONDecodeError"),
+        (200, b"data: {}\n\n", 1, "KeyError: 'choices'"),
+        (200, PIECE.replace(b"null", b'"length"'), 1, "the stream ended without usage"),
         (500, b"oh", 1, "status N: oh"),
         (429, b'{"error": {"message": "too many"}}', 0, "too many"),
     ],
