@@ -127,8 +127,9 @@ class _OverHttp:
             outcome.completion_tokens = usage["completion_tokens"]
             details = usage.get("prompt_tokens_details") or {}
             outcome.cached_tokens = details.get("cached_tokens") or 0
-            outcome.drafted_tokens = usage.get("drafted_tokens")
-            outcome.accepted_tokens = usage.get("accepted_tokens")
+            details = usage.get("completion_tokens_details") or {}
+            outcome.drafted_tokens = details.get("drafted_tokens")
+            outcome.accepted_tokens = details.get("accepted_tokens")
 
     @asynccontextmanager
     async def _watched(self, client: httpx.AsyncClient) -> AsyncIterator[None]:
