@@ -8,13 +8,17 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test setup lint fix mini tables measure clean
+.PHONY: serve test test-all setup lint fix mini tables measure clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Everything, the long tests included.
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m ""
 
 setup: $(VENV)/.dev
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "weights": {"model", "ops", "config", "errors"},
     "text": {"errors"},
     "engine": {"model", "ops", "config", "cost", "errors"},
-    "llm": {"engine", "model", "text", "weights", "config", "errors"},
+    "llm": {"engine", "model", "ops", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
             "doctor", "info", "terminal_chat", "errors"},

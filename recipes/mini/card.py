@@ -175,35 +175,33 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
         f"{state['elapsed'] / 60:.0f} minutes on two CPU cores shared with other work, the last "
         f"{finetuned:,} tokens fine-tuning on conversations (loss on the assistant only, "
         f"{state['plan']['replay']:.0%} pretraining text mixed in). Muon for matrices and AdamW "
-        f"for "
-        f"the rest, peak learning rate {state['plan']['peak_rate']:g}, bfloat16 with float32 "
+        f"for the rest, peak learning rate {state['plan']['peak_rate']:g}, bfloat16 with float32 "
         f"masters. The MTP head joined after {state['plan']['mtp_from']:.0%} of the time with "
-        f"weight "
-        f"{state['plan']['mtp_weight']}.",
+        f"weight {state['plan']['mtp_weight']}.",
+        *_notes(run),
         "![training loss](loss_curve.png)",
         "The points of the curve are in `loss_curve.jsonl`. Commands, from the repository root:",
         "```\npython -m recipes.mini.data --data ../shared/data\n"
         f"{ALLOCATOR} \\\n  python -m recipes.mini.train --minutes {_minutes(state)} --workers 2\n"
-        "python -m recipes.mini.export\npython -m recipes.mini.evaluate\npython -m "
-        "recipes.mini.card\n```",
+        "python -m recipes.mini.export\npython -m recipes.mini.evaluate\n"
+        "python -m recipes.mini.card\n```",
         "## Measured",
         f"By `python -m recipes.mini.evaluate` on {found['date']} ({found['machine']}); greedy "
         "decoding or likelihoods throughout.",
-        "Held-out text: one story, dialogue or piece in a hundred, never trained on. Rows ending"
-        " in "
-        "`.chat` count the assistant's words only.",
+        "Held-out text: one story, dialogue or piece in a hundred, never trained on. Dialogues, "
+        "and rows ending in `.chat`, count the assistant's words only. A few old tales stand in "
+        "two of the collections in different wording, so the rows of fairy tales may be a little "
+        "too good.",
         _table(("source", "bits per byte", "loss per token", "tokens"), heldout),
         "Multi-token prediction on held-out stories: how often the head's first choice is the "
-        "token "
-        "after next, and how often it is what the main head says one token later (the upper row of "
-        "speculative decoding).",
+        "token after next, and how often it is what the main head says one token later (what "
+        "greedy speculative decoding would accept).",
         _table(("MTP head", "right", "same as main head", "tokens"), mtp),
         f"Arithmetic, {found['arithmetic_items']} questions each; pairs of two digits were never "
         "trained on, in either order.",
         _table(("kind", "thinking", "plain"), sums),
         f"Of {stop['prompts']} held-out chat prompts, {stop['stopped']:.1%} of the answers ended "
-        f"by "
-        f"themselves within 300 tokens and {stop['one_closed_think_block']:.1%} had exactly one "
+        f"by themselves within 300 tokens and {stop['one_closed_think_block']:.1%} had exactly one "
         "closed think block.",
     ]
     if "blimp" in found:
@@ -223,17 +221,15 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
         "- It follows a conversation for a few turns, answers in simple English only, writes no "
         "code, and has seen no tool calls.\n"
         "- Many answers to everyday questions repeat the fine-tuning text word for word, and "
-        "stories "
-        "asked for by hero follow a handful of plots.\n"
+        "stories asked for by hero follow a handful of plots.\n"
         "- Children's books of the nineteenth century and crowd-written small talk are part of its "
         "training text; a word list kept slurs out, nothing kept out the views of their time.",
         "## Licence and training data",
         "The weights and files of this folder are under the Apache License 2.0, like qnext itself. "
         "No corpus is included. Sources that ask for share-alike were left out on purpose. Text "
-        "was "
-        "cut into pieces, typographic quotes were made plain, unsuitable pieces were dropped, and "
-        "questions were formed from dictionary and country entries; these are changes in the sense "
-        "of the CC BY licence.",
+        "was cut into pieces, typographic quotes were made plain, unsuitable pieces were dropped, "
+        "and questions were formed from dictionary and country entries; these are changes in the "
+        "sense of the CC BY licence.",
         _licences(manifest),
         "CC BY 4.0: https://creativecommons.org/licenses/by/4.0/. CDLA-Sharing-1.0: "
         "https://cdla.dev/sharing-1-0/. The authors of the single picture books are named in the "
@@ -246,6 +242,12 @@ def card(model_dir: Path, run: Path, shards: Path) -> str:
 def _pattern(config: ModelConfig) -> str:
     short = {"linear_attention": "delta", "full_attention": "attention"}
     return ", ".join(short[kind] for kind in config.layer_types)
+
+
+def _notes(run: Path) -> list[str]:
+    """What happened to this run that its settings do not say, if anything did."""
+    path = run / "notes.txt"
+    return [path.read_text(encoding="utf-8").strip()] if path.is_file() else []
 
 
 def _minutes(state: dict) -> int:

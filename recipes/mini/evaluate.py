@@ -12,13 +12,14 @@ import lzma
 import math
 import platform
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-from recipes.mini import arithmetic, data
+from recipes.mini import arithmetic, data, losses
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,6 +28,9 @@ import qnext
 from qnext.engine.request import SamplingParams
 from qnext.model.batch import TokenBatch
 from qnext.model.model import CausalLM
+
+PACKED_TOKENS = 4096
+"""Held-out documents evaluated at once."""
 
 PROMPTS = (
     "Hello!",
@@ -67,18 +71,34 @@ def _documents(shard: data.Shard, limit: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
+def _grouped(
+    documents: list[tuple[Tensor, Tensor]], tokens: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Documents in groups of at most about ``tokens``."""
+    group: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for document in documents:
+        if group and size + len(document[0]) > tokens:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += len(document[0])
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def bits_per_byte(model: CausalLM, shard: data.Shard, limit: int = 1024) -> dict[str, float]:
     """Next-token loss of one held-out source, in bits per byte of judged text."""
     nats = 0.0
     tokens = 0
-    for ids, judged in _documents(shard, limit):
-        batch = TokenBatch.pack([ids])
-        logits = model.lm_logits(model.run(batch)).float()
-        loss = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-        counts = judged[1:].bool()
-        nats += float(loss[counts].sum())
-        tokens += int(counts.sum())
+    for group in _grouped(_documents(shard, limit), PACKED_TOKENS):
+        batch = TokenBatch.pack([ids for ids, _ in group])
+        judged = torch.cat([judged for _, judged in group])
+        targets = losses.Targets.ahead(batch.ids, judged, batch.segments.ids(), 1)
+        logits = model.lm_logits(model.run(batch)[targets.rows]).float()
+        nats += float(F.cross_entropy(logits, targets.labels, reduction="sum"))
+        tokens += len(targets.rows)
     size = int(shard.bytes.sum())
     return {
         "bits_per_byte": round(nats / math.log(2) / size, 4),
@@ -173,12 +193,20 @@ def arithmetic_accuracy(llm: qnext.LLM, count: int) -> dict[str, dict[str, float
     found: dict[str, dict[str, float]] = {}
     for kind, exercises in tqdm(kinds.items(), desc="arithmetic", unit="kind"):
         found[kind] = {}
-        for mode, thinking in (("thinking", None), ("plain", False)):
-            right = 0
-            for work in exercises:
-                messages = [{"role": "user", "content": f"What is {work.question}?"}]
-                answer = llm.chat(messages, params, enable_thinking=thinking)
-                right += answer.text.strip().endswith(f"= {work.value}.")
+        for mode, options in (("thinking", {}), ("plain", {"enable_thinking": False})):
+            prompts = [
+                llm.template.encode(
+                    [{"role": "user", "content": f"What is {work.question}?"}],
+                    llm.tokenizer,
+                    **options,
+                )
+                for work in exercises
+            ]
+            answers = llm.generate(prompts, params, progress=False)
+            right = sum(
+                answer.text.strip().endswith(f"= {work.value}.")
+                for answer, work in zip(answers, exercises, strict=True)
+            )
             found[kind][mode] = round(right / len(exercises), 3)
     return found
 

@@ -91,7 +91,7 @@ class Plan:
     mtp_from: float = 0.35
     """The MTP head and its loss join here."""
     mtp_weight: float = 0.3
-    finetune_from: float = 0.68
+    finetune_from: float = 0.58
     """Conversations with loss on the assistant only take over from here."""
     replay: float = 0.12
     """Share of pretraining tokens while fine-tuning."""

@@ -145,6 +145,9 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
         device=arguments.device,
         memory=arguments.memory,
         max_model_len=arguments.max_context,
+        speculative_tokens=arguments.speculative,
+        prefix_cache=arguments.prefix_cache,
+        batch_invariant=arguments.batch_invariant,
         **options,
     )
 
@@ -264,6 +267,20 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--max-context", type=_positive, metavar="N",
         help="tokens of prompt and answer together (default: the model's limit)",
     )  # fmt: skip
+    group.add_argument(
+        "--speculative", type=_drafts, default=0, metavar="K",
+        help="tokens the MTP head drafts per step, 0 to 4 or auto; changes speed only "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
+        help="start prompts where earlier ones were (default: yes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="the same bits whatever else runs; needs --dtype float32",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
@@ -286,6 +303,14 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) ->
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _drafts(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) > 4:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 4 or auto, found {text!r}")
     return int(text)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
 from qnext.engine.request import (
     Event,
@@ -24,8 +25,9 @@ from qnext.engine.request import (
     TokenLogprobs,
     Usage,
 )
-from qnext.errors import RequestError, TokenizerError
+from qnext.errors import BackendError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
+from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.history import stable_lengths
 from qnext.text.parse import ReasoningParser, StopMatcher
@@ -167,8 +169,9 @@ class LLM:
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); it changes speed
-    only. ``prefix_cache`` lets prompts start where earlier ones were. Not thread-safe: use it from
-    one thread.
+    only. ``prefix_cache`` lets prompts start where earlier ones were. ``batch_invariant`` makes
+    tokens and log-probabilities bit-identical whatever else runs, in float32. Not thread-safe: use
+    it from one thread.
     """
 
     def __init__(
@@ -184,13 +187,20 @@ class LLM:
         speculative_tokens: int | str = 0,
         prefix_cache: bool = True,
         snapshot_interval: int = 0,
+        max_chunk_tokens: int | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
         template = ChatTemplate.from_folder(folder)
         self.name = folder.name
         self._assemble(
-            load_model(folder, dtype=dtype, device=device),
+            load_model(
+                folder,
+                dtype=dtype,
+                device=device,
+                ops=_invariant_ops(folder, dtype, device) if batch_invariant else None,
+            ),
             tokenizer,
             template,
             _generation_config(folder),
@@ -201,6 +211,8 @@ class LLM:
             speculative_tokens=speculative_tokens,
             prefix_cache=prefix_cache,
             snapshot_interval=snapshot_interval,
+            max_chunk_tokens=max_chunk_tokens,
+            batch_invariant=batch_invariant,
         )
 
     def _assemble(
@@ -462,6 +474,17 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
         logprobs=tuple(item for piece in pieces for item in piece.logprobs),
         prompt_logprobs=tuple(item for piece in pieces for item in piece.prompt_logprobs),
     )
+
+
+def _invariant_ops(folder: Path, dtype: str, device: str) -> Ops:
+    """Path-independent ops; BackendError where there are none."""
+    name = ModelConfig.from_file(folder).dtype if dtype == "auto" else str(dtype)
+    if name.removeprefix("torch.") != "float32":
+        raise BackendError(
+            f"batch_invariant needs dtype='float32', found {name!r}: in other dtypes the rows of "
+            "a batch are not independent here."
+        )
+    return select(OpSpec(device=device), prefer=invariant())
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

@@ -46,6 +46,19 @@ def test_the_real_head_drafts_and_changes_nothing(tiny_model):
     assert events[-1].usage.drafted_tokens > 0
 
 
+@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+def test_accepted_drafts_may_cross_a_page_at_any_place(tiny_model, drafts):
+    # The bias makes every token, and so every draft, the same one.
+    settings = {"logit_bias": {7: 100.0}, "max_tokens": 70}
+    engine = Engine(tiny_model, max_num_seqs=6, speculative_tokens=drafts, prefix_cache=False)
+    for length in range(1, 7):
+        engine.add(request(f"r{length}", [3] * length, **settings))
+    for events in run(engine).values():
+        assert tokens(events) == [7] * 70
+        usage = events[-1].usage
+        assert usage.accepted_tokens == usage.drafted_tokens > 0
+
+
 @pytest.mark.parametrize("drafts", [1, 2, 4, "auto"])
 def test_seeded_samples_do_not_depend_on_drafting(tiny_model, drafts):
     settings = {

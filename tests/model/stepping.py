@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qnext.model.batch import TokenBatch
-from qnext.model.cache import HybridCache
+from qnext.model.cache import HybridCache, Rollback
 from qnext.model.model import CausalLM
+from qnext.model.view import CacheView, Capture
 
 
 class Stepper:
@@ -26,16 +27,18 @@ class Stepper:
         capacity: int = 256,
         page_size: int = 16,
         seed: int = 0,
+        rollback: Rollback = "snapshots",
     ) -> None:
         self.model = model
         pages_each = -(-capacity // page_size)
         self.cache = HybridCache(
             model.config,
-            num_slots=sequences + 1,
+            num_slots=sequences + 2,
             num_pages=sequences * pages_each + 3,
             page_size=page_size,
             dtype=model.dtype,
             ops=model.ops,
+            rollback=rollback,
         )
         self.cache.kv.fill_(float("nan"))
         generator = torch.Generator().manual_seed(seed)
@@ -50,16 +53,23 @@ class Stepper:
         pieces: Mapping[int, Tensor],
         *,
         keep: Sequence[int] | None = None,
-        speculative: bool = False,
+        speculative: bool | Sequence[bool] = False,
+        captures: Sequence[Capture] = (),
     ) -> list[Tensor]:
         """Run the next tokens [T] of some sequences together; logits [T, V] of each piece."""
-        batch, view = self.prepare(pieces, speculative=speculative)
+        batch, view = self.prepare(pieces, speculative=speculative, captures=captures)
         self.hidden = self.model.run(batch, view)
         self.cache.keep(keep)
         logits = self.model.lm_logits(self.hidden)
         return list(logits.split(batch.segments.lengths))
 
-    def prepare(self, pieces: Mapping[int, Tensor], *, speculative: bool = False):
+    def prepare(
+        self,
+        pieces: Mapping[int, Tensor],
+        *,
+        speculative: bool | Sequence[bool] = False,
+        captures: Sequence[Capture] = (),
+    ) -> tuple[TokenBatch, CacheView]:
         """The batch and the cache view of a step; the caller runs the model and calls ``keep``."""
         rows = list(pieces)
         slots = [self.slots[row] for row in rows]
@@ -67,7 +77,11 @@ class Stepper:
             list(pieces.values()), first_positions=[self.cache.length(slot) for slot in slots]
         )
         view = self.cache.view(
-            slots, self.page_table[rows], batch.segments, speculative=speculative
+            slots,
+            self.page_table[rows],
+            batch.segments,
+            speculative=speculative,
+            captures=captures,
         )
         return batch, view
 

@@ -14,6 +14,7 @@ from qnext.config import ModelConfig
 from qnext.errors import ConfigError, RequestError
 from qnext.model.batch import TokenBatch
 from qnext.model.model import CausalLM, initialise
+from qnext.ops import Segments
 
 NAMES = (
     "three_to_one",
@@ -166,6 +167,47 @@ class TestDrafting:
             stepper.cache.keep()
             got.append(plain.pair.ours.lm_logits(rows))
         assert_close("MTP with a cache", torch.cat(got), want, BOUND)
+
+
+class TestOwnView:
+    """``mtp_view``: the head's rows at the positions of the tokens they embed, in several steps."""
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("pieces", [(33,), (1, 32), (10, 1, 22), (16, 17)])
+    def test_rows_at_the_positions_of_their_tokens(self, case, pieces, assert_close):
+        ours = case.pair.ours
+        want = ours.mtp_logits(case.ids[None])[0]
+        stepper = Stepper(ours, page_size=8)
+        got, done = [], 0
+        for count in pieces:
+            segments = Segments.of([count])
+            view = stepper.cache.mtp_view(
+                stepper.slots, stepper.page_table, segments, starts=[done + 1], firsts=[1]
+            )
+            next_ids = case.ids[done + 1 : done + 1 + count]
+            batch = TokenBatch.pack([next_ids], first_positions=[done + 1])
+            rows = ours.run_mtp(batch, next_ids, case.hidden[done : done + count], view)
+            got.append(ours.lm_logits(rows))
+            done += count
+        assert_close("MTP with its own view", torch.cat(got), want, BOUND)
+
+    @torch.inference_mode()
+    def test_rows_before_the_first_are_not_seen(self, plain, assert_close):
+        """After a reused prefix the head may begin in the middle: as if the text began there."""
+        ours, skip = plain.pair.ours, 12
+        stepper = Stepper(ours, page_size=8)
+        tokens, hidden = plain.ids[skip + 1 :], plain.hidden[skip:-1]
+        view = stepper.cache.mtp_view(
+            stepper.slots,
+            stepper.page_table,
+            Segments.of([len(tokens)]),
+            starts=[skip + 1],
+            firsts=[skip + 1],
+        )
+        batch = TokenBatch.pack([tokens], first_positions=[skip + 1])
+        got = ours.lm_logits(ours.run_mtp(batch, tokens, hidden, view))
+        _, want = plain.equations(tokens, hidden)
+        assert_close("MTP from the middle", got, want, BOUND)
 
 
 class TestBatches:

@@ -145,6 +145,23 @@ class TestPagedAttention:
         arguments, _ = paged((3, 0, 20), (5, 9, 1), free=0.0)
         assert_equals_reference(self.OP, backend, arguments)
 
+    @pytest.mark.parametrize("first", [(0, 0, 0), (3, 0, 19), (1, 2, 20)])
+    def test_positions_before_the_first_are_not_seen(self, backend, first, assert_within_bound):
+        before, new = (3, 2, 20), (5, 9, 1)
+        arguments, rows = paged(before, new)
+        pages, table = arguments["pages"], arguments["page_table"]
+        for b, start in enumerate(first):
+            for position in range(start):
+                pages[table[b, position // 8], :, position % 8] = float("nan")
+        out = backend.load()(**arguments, first=first)
+        want = []
+        for past, start, (q, k, v) in zip(before, first, rows, strict=True):
+            weights_NTS = attention_weights(q=q, k=k[start:], scale=SCALE, before=past - start)
+            want.append(
+                torch.einsum("nts,snh->tnh", weights_NTS, v[start:].repeat_interleave(2, dim=1))
+            )
+        assert_within_bound(self.OP, out, torch.cat(want))
+
     def test_empty_step(self, backend):
         arguments, _ = paged((3, 9), (0, 0))
         assert backend.load()(**arguments).shape == (0, 4, 16)

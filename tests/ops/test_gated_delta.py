@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -246,6 +247,25 @@ class TestProperties:
         step, chunk = gated_delta_step_torch(**inputs), gated_delta_chunk_torch(**inputs)
         for x, y in zip(step, chunk, strict=True):
             assert torch.allclose(x, y, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("form", ["step", "chunk"])
+    def test_32768_tokens_stay_near_double_precision(self, form):
+        """A head that forgets a thousandth per token: rounding neither grows nor builds up."""
+        tokens, K, M = 32768, 4, 3
+        inputs = draw((tokens,), key_heads=1, group=1, K=K, M=M, with_state=False)
+        inputs["g"] = inputs["g"] * 0.005
+        q, k, v, g, beta = (inputs[x].double().numpy() for x in ("q", "k", "v", "g", "beta"))
+        S_KM = np.zeros((K, M))
+        want = np.empty((tokens, M))
+        for t in range(tokens):
+            S_KM *= np.exp(g[t, 0])
+            S_KM += np.outer(k[t, 0], beta[t, 0] * (v[t, 0] - k[t, 0] @ S_KM))
+            want[t] = q[t, 0] @ S_KM
+        out, state = FORMS[form](**inputs)
+        size = np.sqrt((want**2).mean())
+        late = slice(-1024, None)
+        assert np.abs(out[late, 0].numpy() - want[late]).max() < 2e-5 * size
+        assert np.abs(state[0, 0].numpy() - S_KM).max() < 2e-5 * np.abs(S_KM).max()
 
     def test_transposed_state_would_show(self):
         """K and M differ in these tests, so a state laid out [M, K] cannot pass."""

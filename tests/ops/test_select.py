@@ -79,7 +79,7 @@ class TestPreference:
 
     def test_unknown_backend_lists_the_known_ones(self):
         with pytest.raises(
-            BackendError, match="experts=fast: no such backend; experts has torch, ref"
+            BackendError, match="experts=fast: no such backend; experts has torch, inv"
         ):
             select(prefer={"experts": "fast"})
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tests.serve.conftest import Live, running
+from live_server import Live, running
 
 from qnext import LLM, SamplingParams
 
@@ -135,8 +135,9 @@ def test_a_stop_string_ends_the_answer(live, several) -> None:
     live.wait_until(busy=0)
 
 
-def test_without_a_limit_the_context_is_the_limit(live) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+@pytest.mark.parametrize("limit", [None, 2**70])
+def test_the_context_is_a_limit_too(limit, live) -> None:
+    body = {**ask("hi"), "max_tokens": limit, "ignore_eos": True}
     usage = live.client.post(CHAT, json=body).json()["usage"]
     assert usage["total_tokens"] == live.llm.max_model_len
 

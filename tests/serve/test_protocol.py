@@ -9,11 +9,19 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qnext.serve
-from qnext.serve.protocol import ApiError, ChatRequest, CompletionRequest, read_body
+from qnext.serve.protocol import (
+    IGNORED,
+    REFUSED,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Sampling,
+    read_body,
+)
 from qnext.serve.server import address, banner, listen
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -200,6 +208,35 @@ def test_any_bytes_are_refused_or_read(body) -> None:
         read_body(body, ChatRequest)
 
 
+ID = st.sampled_from([0, 1, 7, 300, 399, 511])
+VALUES = {
+    "temperature": st.sampled_from([0, 1e-300, 1e-9, 0.5, 1, 99.9]),
+    "top_p": st.sampled_from([1e-300, 1e-9, 0.5, 1]),
+    "min_p": st.sampled_from([0, 1e-300, 0.5, 1]),
+    "presence_penalty": st.sampled_from([-2, 0, 1e-300, 2]),
+    "frequency_penalty": st.sampled_from([-2, 0, 1e-300, 2]),
+    "repetition_penalty": st.sampled_from([1e-300, 0.5, 1, 99.9]),
+    "top_k": st.sampled_from([-1, 0, 1, 511, 10**6, 2**63, 2**70]),
+    "seed": st.sampled_from([-(2**70), -1, 0, 2**32, 2**63, 2**70]),
+    "min_tokens": st.sampled_from([0, 1, 2]),
+    "ignore_eos": st.booleans(),
+    "max_tokens": st.sampled_from([2, 3]),
+    "stop": st.lists(st.text(min_size=1, max_size=2), max_size=3),
+    "stop_token_ids": st.lists(ID, max_size=3),
+    "logit_bias": st.dictionaries(ID.map(str), st.sampled_from([-100, 1e-300, 100]), max_size=3),
+}  # fmt: skip
+PROMPT = st.text(min_size=1, max_size=5) | st.lists(ID, min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=VALUES))
+def test_no_values_bring_the_engine_down(body, live) -> None:
+    """The extremes of what is allowed are answered, and the engine lives on."""
+    response = live.client.post(PLAIN, json={"max_tokens": 2, **body})
+    assert response.status_code == 200, response.text
+    assert live.worker.is_alive
+
+
 # -- the page ------------------------------------------------------------------------------------
 
 
@@ -272,3 +309,19 @@ def test_the_command_serves_until_it_is_interrupted(tiny_folder) -> None:
     assert process.stderr.read() == ""
     process.stdout.close()
     process.stderr.close()
+
+
+def test_the_document_names_every_field_with_its_kind() -> None:
+    document = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+    rows = dict(re.findall(r"^\| ([\w ,]+?) \| (.+) \|$", document.read_text(), re.MULTILINE))
+    shared = set(Sampling.__struct_fields__)
+    kinds = {
+        "supported, both routes": shared,
+        "supported, chat": set(ChatRequest.__struct_fields__) - shared,
+        "supported, completions": set(CompletionRequest.__struct_fields__) - shared,
+        "ignored": set(IGNORED),
+        "refused": set(REFUSED),
+    }
+    for kind, fields in kinds.items():
+        named = {name.partition(".")[0] for name in re.findall(r"`([a-z_.]+)`", rows[kind])}
+        assert named == fields, kind

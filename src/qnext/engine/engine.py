@@ -19,6 +19,7 @@ from torch import Tensor
 from qnext import cost
 from qnext.config import ModelConfig
 from qnext.engine.blocks import PagePool
+from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
@@ -86,13 +87,41 @@ class CacheSizes:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What an engine has to know beside its runner and its pages."""
+
+    num_slots: int
+    """Sequences that can run at once."""
+    num_snapshots: int
+    """Slots of the runner that are set aside for snapshots."""
+    page_size: int
+    """Tokens of a page."""
+    max_batch_tokens: int
+    """Rows of a step."""
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    defined_ids: int
+    """Ids below this can be chosen."""
+    max_chunk_tokens: int | None = None
+    """Rows of one prompt in a step; None for all there are."""
+    speculative_tokens: int | str = 0
+    """Drafts per sequence and step, or "auto"."""
+    snapshot_interval: int = 0
+    """Tokens of a prompt between snapshots; 0 for none."""
+
+
 class Engine:
     """Continuous batching over one model and one cache.
 
     ``memory_bytes`` bounds the cache: states of ``max_num_seqs`` sequences, snapshots of prefixes,
     and pages of keys and values. ``defined_ids`` is one more than the largest id the tokenizer
     knows. ``speculative_tokens`` is a number of drafts (0 for none) or "auto"; it is 0 for a model
-    without an MTP head. ``clock`` gives seconds; ``around`` takes another runner.
+    without an MTP head. ``max_chunk_tokens`` bounds how much of one prompt a step runs.
+    ``batch_invariant`` checks that the model's ops give a token the same bits on every path (it
+    must have been loaded with them); BackendError if they do not.
+    ``clock`` gives seconds; ``around`` takes another runner.
     """
 
     def __init__(
@@ -107,10 +136,14 @@ class Engine:
         speculative_tokens: int | str = 0,
         prefix_cache: bool = True,
         snapshot_interval: int = 0,
+        max_chunk_tokens: int | None = None,
+        batch_invariant: bool = False,
         rollback: Rollback = "snapshots",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = model.config
+        if batch_invariant:
+            check_path_independence(model)
         setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
         max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
@@ -130,91 +163,58 @@ class Engine:
             track_mtp=setting != 0,
             rollback=rollback,
         )
-        self._set_up(
-            runner,
-            PagePool(sizes.num_pages),
+        settings = Settings(
             num_slots=sizes.num_slots,
             num_snapshots=sizes.num_snapshots,
             page_size=PAGE_SIZE,
             max_batch_tokens=max_batch_tokens,
+            max_chunk_tokens=max_chunk_tokens,
             max_model_len=max_model_len,
             vocab_size=config.vocab_size,
             defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
             speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
-            clock=clock,
         )
+        self._set_up(runner, PagePool(sizes.num_pages), settings, clock)
 
     @classmethod
     def around(
         cls,
         runner: Runner,
         pool: PagePool,
+        settings: Settings,
         *,
-        num_slots: int,
-        num_snapshots: int,
-        page_size: int,
-        max_batch_tokens: int,
-        max_model_len: int,
-        vocab_size: int,
-        defined_ids: int,
-        speculative_tokens: int | str = 0,
-        snapshot_interval: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> "Engine":
         """An engine over a runner and pages that are there already.
 
-        The runner has at least ``num_slots + num_snapshots`` free slots and as many pages as the
-        pool, of ``page_size`` tokens.
+        The runner has at least as many free slots as sequences and snapshots together, and as
+        many pages as the pool.
         """
         engine = cls.__new__(cls)
-        engine._set_up(
-            runner,
-            pool,
-            num_slots=num_slots,
-            num_snapshots=num_snapshots,
-            page_size=page_size,
-            max_batch_tokens=max_batch_tokens,
-            max_model_len=max_model_len,
-            vocab_size=vocab_size,
-            defined_ids=defined_ids,
-            speculative_tokens=_draft_setting(speculative_tokens, has_head=True),
-            snapshot_interval=snapshot_interval,
-            clock=clock,
-        )
+        engine._set_up(runner, pool, settings, clock)
         return engine
 
     def _set_up(
-        self,
-        runner: Runner,
-        pool: PagePool,
-        *,
-        num_slots: int,
-        num_snapshots: int,
-        page_size: int,
-        max_batch_tokens: int,
-        max_model_len: int,
-        vocab_size: int,
-        defined_ids: int,
-        speculative_tokens: int | str,
-        snapshot_interval: int,
-        clock: Callable[[], float],
+        self, runner: Runner, pool: PagePool, settings: Settings, clock: Callable[[], float]
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
-        self.max_model_len, self.vocab_size = max_model_len, vocab_size
-        self.defined_ids = defined_ids
-        self.policy = DraftPolicy(speculative_tokens)
-        self.prefix = PrefixCache(pool, [runner.open() for _ in range(num_snapshots)], clock=clock)
+        self.max_model_len, self.vocab_size = settings.max_model_len, settings.vocab_size
+        self.defined_ids = settings.defined_ids
+        self.policy = DraftPolicy(settings.speculative_tokens)
+        snapshot_slots = [runner.open() for _ in range(settings.num_snapshots)]
+        self.prefix = PrefixCache(pool, snapshot_slots, clock=clock)
         self.scheduler = Scheduler(
             slots=runner,
-            num_slots=num_slots,
+            num_slots=settings.num_slots,
             pool=pool,
             prefix=self.prefix,
-            page_size=page_size,
-            max_batch_tokens=max_batch_tokens,
-            max_model_len=max_model_len,
+            page_size=settings.page_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_model_len=settings.max_model_len,
             max_drafts=self.policy.limit,
-            interval=snapshot_interval,
+            max_chunk_tokens=settings.max_chunk_tokens,
+            interval=settings.snapshot_interval,
         )
         self._sequences: dict[str, Running] = {}
         self._cancelled: dict[str, FinishReason] = {}

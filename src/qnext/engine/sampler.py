@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qnext.engine.request import SamplingParams, TokenLogprobs
+from qnext.ops.elementwise import elementwise_invariant
 
 WIDEST = 256
 """Rows with at most this top_k are filtered together."""
@@ -136,7 +137,8 @@ def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[i
     some = [rows[r] for r in narrow]
     device = scores.device
     k_R1 = torch.tensor([[row.params.top_k] for row in some], device=device)
-    most = int(k_R1.max())
+    # Always the same width: sums over it must not depend on what others in the batch ask for.
+    most = min(WIDEST, scores.shape[1] - 1)
     values, ids = scores[list(narrow)].topk(most + 1, dim=-1)
     # Into the order (score descending, id ascending), whatever order topk gave equal scores.
     ids, by_id = ids.sort(dim=-1)
@@ -147,6 +149,7 @@ def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[i
     temperature_R1 = torch.tensor([[row.params.temperature] for row in some], device=device)
     values = values / temperature_R1
     keep = torch.arange(most, device=device) < k_R1
+    values = values.masked_fill(~keep, float("-inf"))
     keep &= values.isfinite()
     probabilities = values.softmax(-1)
     min_p_R1 = torch.tensor([[row.params.min_p] for row in some], device=device)
@@ -203,7 +206,9 @@ def gumbel_noise(*, seeds: Sequence[int], indices: Sequence[int], ids: Tensor) -
     bits = philox(counter=(ids & _MASK, index_R1.expand_as(ids)), key=(low_R1, high_R1))
     # 24 bits, shifted by half a step, so that the uniform never is exactly 0 or 1.
     uniform = ((bits >> 8).double() + 0.5) / (1 << 24)
-    return -torch.log(-torch.log(uniform)).float()
+    # Padded, so that a token's noise has the same bits in a batch of any size.
+    inner = elementwise_invariant(function=torch.log, x=uniform)
+    return -elementwise_invariant(function=torch.log, x=-inner).float()
 
 
 def philox(*, counter: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:

@@ -131,6 +131,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         max_drafts: int,
+        max_chunk_tokens: int | None = None,
         interval: int = 0,
     ) -> None:
         if max_batch_tokens <= num_slots:
@@ -142,6 +143,9 @@ class Scheduler:
         self.slots, self.pool, self.prefix = slots, pool, prefix
         self.num_slots, self.page_size = num_slots, page_size
         self.max_model_len, self.max_batch_tokens = max_model_len, max_batch_tokens
+        if max_chunk_tokens is not None and max_chunk_tokens < 1:
+            raise RequestError(f"max_chunk_tokens: expected at least 1, found {max_chunk_tokens}.")
+        self.max_chunk_tokens = max_chunk_tokens or max_batch_tokens
         self.max_drafts, self.interval = max_drafts, interval
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -208,13 +212,14 @@ class Scheduler:
         reserve = min(PREFILL_ROWS, budget) if prefilling else 0
         items = []
         for sequence in decoding:
-            drafts = min(len(sequence.drafts), budget - reserve)
+            # A prompt of one token, or the last token of a prompt, may plant a snapshot too; the
+            # state in the middle of drafts is not settled, so then nothing is drafted.
+            captures = self._captures(sequence, sequence.done + 1) if sequence.plants else ()
+            drafts = 0 if captures else min(len(sequence.drafts), budget - reserve)
             del sequence.drafts[max(drafts, 0) :]
             budget -= len(sequence.drafts)
-            # A prompt of one token, or the last token of a resumed one, may plant a snapshot too.
-            end = sequence.done + 1
-            captures = self._captures(sequence, end) if sequence.plants else ()
-            items.append(Item(sequence=sequence, count=1 + len(sequence.drafts), captures=captures))
+            count = 1 + len(sequence.drafts)
+            items.append(Item(sequence=sequence, count=count, captures=captures))
         scored = SCORED_ROWS
         for sequence in prefilling:
             sequence.drafts.clear()
@@ -232,6 +237,7 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Rows of a prompt in this step: on the page grid unless it ends the prompt."""
         left = sequence.length - sequence.done
+        budget = min(budget, self.max_chunk_tokens)
         if left <= budget:
             return left
         end = sequence.done + budget

@@ -15,6 +15,7 @@ from qnext.model.layers import RmsNorm, Taps
 from qnext.model.view import CacheView
 from qnext.ops import Ops
 from qnext.ops.attention import attention_weights
+from qnext.ops.linear import Projection
 
 
 class GatedAttention(nn.Module):
@@ -27,10 +28,10 @@ class GatedAttention(nn.Module):
         self.gated = config.is_hybrid
         D, H, bias = config.hidden_size, config.head_dim, config.attention_bias
         N, G = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, N * H * (2 if self.gated else 1), bias=bias)
-        self.k_proj = nn.Linear(D, G * H, bias=bias)
-        self.v_proj = nn.Linear(D, G * H, bias=bias)
-        self.o_proj = nn.Linear(N * H, D, bias=bias)
+        self.q_proj = Projection(D, N * H * (2 if self.gated else 1), op=ops.linear, bias=bias)
+        self.k_proj = Projection(D, G * H, op=ops.linear, bias=bias)
+        self.v_proj = Projection(D, G * H, op=ops.linear, bias=bias)
+        self.o_proj = Projection(N * H, D, op=ops.linear, bias=bias)
         self.q_norm = RmsNorm(H, config, ops)
         self.k_norm = RmsNorm(H, config, ops)
 
@@ -72,7 +73,7 @@ class GatedAttention(nn.Module):
             assert view is None, "attention weights are recorded without a cache only"
             taps.attentions.append(self._weights(q_PNH, k_PGH, batch))
         if gate_PNH is not None:
-            out_PNH = out_PNH * torch.sigmoid(gate_PNH)
+            out_PNH = out_PNH * self.ops.elementwise(function=torch.sigmoid, x=gate_PNH)
         return self.o_proj(out_PNH.flatten(-2))
 
     def _weights(self, q_PNH: Tensor, k_PGH: Tensor, batch: TokenBatch) -> list[Tensor]:

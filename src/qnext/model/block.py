@@ -27,7 +27,7 @@ class DecoderLayer(nn.Module):
             self.linear_attn = GatedDeltaNet(config, cache_layer, ops)
         else:
             self.self_attn = GatedAttention(config, cache_layer, ops)
-        self.mlp = SparseMoe(config, ops) if sparse else Mlp(config, config.intermediate_size)
+        self.mlp = SparseMoe(config, ops) if sparse else Mlp(config, config.intermediate_size, ops)
         self.input_layernorm = RmsNorm(config.hidden_size, config, ops)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config, ops)
 

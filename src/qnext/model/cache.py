@@ -171,6 +171,9 @@ class HybridCache:
         assert self._open_view is None, "keep() of the previous step has not been called"
         assert len(slots) == segments.count == page_table.shape[0], (len(slots), segments.count)
         flags = [speculative] * len(slots) if isinstance(speculative, bool) else list(speculative)
+        assert not any(flags[capture.sequence] for capture in captures), (
+            "the state of a speculative sequence is not settled, so it cannot be captured"
+        )
         before = tuple(self._lengths[slot] for slot in slots)
         view = self._view(slots, page_table, segments, before)
         view.speculative = tuple(b for b, flag in enumerate(flags) if flag)

@@ -16,6 +16,7 @@ from qnext.model.view import STEP_TOKENS, CacheView
 from qnext.ops import Ops
 from qnext.ops.contracts import GatedDelta
 from qnext.ops.gated_delta import l2_normalise
+from qnext.ops.linear import Projection
 
 
 class ConvWeight(nn.Module):
@@ -37,14 +38,14 @@ class GatedDeltaNet(nn.Module):
         self.key_dim = config.linear_key_head_dim
         self.value_dim = config.linear_value_head_dim
         D, all_keys, all_values = config.hidden_size, config.delta_key_dim, config.delta_value_dim
-        self.in_proj_qkvz = nn.Linear(D, 2 * all_keys + 2 * all_values, bias=False)
-        self.in_proj_ba = nn.Linear(D, 2 * self.value_heads, bias=False)
+        self.in_proj_qkvz = Projection(D, 2 * all_keys + 2 * all_values, op=ops.linear)
+        self.in_proj_ba = Projection(D, 2 * self.value_heads, op=ops.linear)
         self.conv1d = ConvWeight(config.conv_channels, config.linear_conv_kernel_dim)
         # Float32 whatever the model's dtype: the decay is an exponential of an exponential.
         self.A_log = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         self.norm = GatedRmsNorm(self.value_dim, config, ops)
-        self.out_proj = nn.Linear(all_values, D, bias=False)
+        self.out_proj = Projection(all_values, D, op=ops.linear)
 
     def forward(self, h_PD: Tensor, batch: TokenBatch, view: CacheView | None) -> Tensor:
         """[P, D] -> [P, D]."""
@@ -67,10 +68,11 @@ class GatedDeltaNet(nn.Module):
         q_PUK = l2_normalise(q_Pc.unflatten(-1, (U, K))) * K**-0.5
         k_PUK = l2_normalise(k_Pc.unflatten(-1, (U, K)))
         v_PWM = v_Pc.unflatten(-1, (W, M))
-        beta_PW = torch.sigmoid(b_PUr.float()).flatten(-2)
-        g_PW = -self.A_log.float().exp() * F.softplus(
-            a_PUr.float().flatten(-2) + self.dt_bias.float()
+        beta_PW = self.ops.elementwise(function=torch.sigmoid, x=b_PUr.float().flatten(-2))
+        dt_PW = self.ops.elementwise(
+            function=F.softplus, x=a_PUr.float().flatten(-2) + self.dt_bias.float()
         )
+        g_PW = -self.A_log.float().exp() * dt_PW
 
         inputs = {"q": q_PUK, "k": k_PUK, "v": v_PWM, "g": g_PW, "beta": beta_PW}
         if view is None or state_BWKM is None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qnext.config import ModelConfig, RopeConfig
 from qnext.ops import Ops
+from qnext.ops.linear import Projection
 from qnext.ops.rope import (
     rope_frequencies,
     rope_table,
@@ -46,14 +47,16 @@ class GatedRmsNorm(nn.Module):
 class Mlp(nn.Module):
     """down(silu(gate x) * up x): a dense layer's feed-forward, and the shared expert."""
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, ops: Ops) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = Projection(config.hidden_size, width, op=ops.linear)
+        self.up_proj = Projection(config.hidden_size, width, op=ops.linear)
+        self.down_proj = Projection(width, config.hidden_size, op=ops.linear)
+        self.elementwise = ops.elementwise
 
     def forward(self, h_PD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(h_PD)) * self.up_proj(h_PD))
+        gate = self.elementwise(function=F.silu, x=self.gate_proj(h_PD))
+        return self.down_proj(gate * self.up_proj(h_PD))
 
 
 @lru_cache(maxsize=16)
@@ -82,11 +85,17 @@ def _frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
     return frequencies, 1.0
 
 
-def rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(
+    config: ModelConfig, positions: Tensor, dtype: torch.dtype, ops: Ops
+) -> tuple[Tensor, Tensor]:
     """cos and sin [P, Y] of the batch's positions, shared by all attention layers."""
     frequencies, multiplier = _frequencies(config.rope, config.rotary_dim)
     return rope_table(
-        positions=positions, frequencies=frequencies, multiplier=multiplier, dtype=dtype
+        positions=positions,
+        frequencies=frequencies,
+        multiplier=multiplier,
+        dtype=dtype,
+        elementwise=ops.elementwise,
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError, RequestError
@@ -20,6 +19,7 @@ from qnext.model.layers import RmsNorm, Taps, rotary
 from qnext.model.mtp import MtpHead
 from qnext.model.view import CacheView
 from qnext.ops import Ops, OpSpec, select
+from qnext.ops.linear import Projection
 
 __all__ = ["CausalLM", "CausalOutput", "Taps", "initialise"]
 
@@ -62,9 +62,9 @@ class CausalLM(nn.Module):
         self.config = config
         self.ops = ops or select(OpSpec())
         self.model = Backbone(config, self.ops)
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: Projection | None = None
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Projection(config.hidden_size, config.vocab_size, op=self.ops.linear)
         self.mtp = MtpHead(config, self.ops) if config.num_mtp_layers else None
         self.source_folder: Path | None = None
         """Folder the weights were read from; saving copies its tokenizer files along."""
@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Hidden rows after the final norm, [P, D]. With a view, the cache is read and extended."""
         h_PD = self.model.embed_tokens(batch.ids)
-        rope = rotary(self.config, batch.positions, h_PD.dtype)
+        rope = rotary(self.config, batch.positions, h_PD.dtype, self.ops)
         states = taps.hidden_states if taps is not None and taps.want_hidden_states else None
         for layer in self.model.layers:
             if states is not None:
@@ -100,7 +100,7 @@ class CausalLM(nn.Module):
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden rows [..., D] that come after a final norm (main or MTP)."""
         if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
+            return self.ops.linear(x=hidden, weight=self.model.embed_tokens.weight)
         return self.lm_head(hidden)
 
     def run_mtp(
@@ -123,7 +123,7 @@ class CausalLM(nn.Module):
                 "this model has no multi-token-prediction head: its checkpoint holds no mtp.* "
                 "tensors. Choose a checkpoint that has them, or do not ask for MTP."
             )
-        rope = rotary(self.config, batch.positions, hidden.dtype)
+        rope = rotary(self.config, batch.positions, hidden.dtype, self.ops)
         embedding_PD = self.model.embed_tokens(next_ids)
         return self.mtp(embedding_PD, hidden, batch, rope, view, taps)
 

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qnext.config import ModelConfig
 from qnext.model.layers import Mlp, Taps
 from qnext.ops import Ops
+from qnext.ops.linear import Projection
 
 
 class Experts(nn.Module):
@@ -31,18 +31,18 @@ class SparseMoe(nn.Module):
         self.ops = ops
         self.experts_per_token = config.num_experts_per_tok
         self.rescale = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Projection(config.hidden_size, config.num_experts, op=ops.linear)
         self.experts = Experts(config)
         self.shared_expert: Mlp | None = None
-        self.shared_expert_gate: nn.Linear | None = None
+        self.shared_expert_gate: Projection | None = None
         if config.shared_expert_intermediate_size:
-            self.shared_expert = Mlp(config, config.shared_expert_intermediate_size)
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            self.shared_expert = Mlp(config, config.shared_expert_intermediate_size, ops)
+            self.shared_expert_gate = Projection(config.hidden_size, 1, op=ops.linear)
 
     def forward(self, h_PD: Tensor, taps: Taps | None) -> Tensor:
         """[P, D] -> [P, D]."""
         # Float32 router: the tenth and eleventh of 512 logits are often closer than bfloat16 sees.
-        logits_PE = F.linear(h_PD.float(), self.gate.weight.float())
+        logits_PE = self.ops.linear(x=h_PD.float(), weight=self.gate.weight.float())
         weights_PX, ids_PX = logits_PE.softmax(-1).topk(self.experts_per_token, dim=-1)
         if self.rescale:
             weights_PX = weights_PX / weights_PX.sum(-1, keepdim=True)
@@ -56,6 +56,6 @@ class SparseMoe(nn.Module):
             down=self.experts.down_proj,
         )
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            share_P1 = torch.sigmoid(self.shared_expert_gate(h_PD))
+            share_P1 = self.ops.elementwise(function=torch.sigmoid, x=self.shared_expert_gate(h_PD))
             y_PD = y_PD + share_P1 * self.shared_expert(h_PD)
         return y_PD

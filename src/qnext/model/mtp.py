@@ -15,6 +15,7 @@ from qnext.model.block import DecoderLayer
 from qnext.model.layers import RmsNorm, Taps
 from qnext.model.view import CacheView
 from qnext.ops import Ops
+from qnext.ops.linear import Projection
 
 
 class MtpHead(nn.Module):
@@ -23,7 +24,7 @@ class MtpHead(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         D = config.hidden_size
-        self.fc = nn.Linear(2 * D, D, bias=False)
+        self.fc = Projection(2 * D, D, op=ops.linear)
         self.pre_fc_norm_embedding = RmsNorm(D, config, ops)
         self.pre_fc_norm_hidden = RmsNorm(D, config, ops)
         sparse = config.num_experts > 0

@@ -2,6 +2,6 @@
 
 from qnext.ops.contracts import Ops, OpSpec
 from qnext.ops.segments import Segments
-from qnext.ops.select import select
+from qnext.ops.select import invariant, select
 
-__all__ = ["OpSpec", "Ops", "Segments", "select"]
+__all__ = ["OpSpec", "Ops", "Segments", "invariant", "select"]

@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qnext.ops.contracts import Impl
+from qnext.ops.elementwise import elementwise_invariant
+from qnext.ops.linear import ROW_BLOCK, only_float32
 from qnext.ops.segments import Segments
 
 
@@ -106,13 +108,78 @@ def attention_paged_torch(
     return _paged(_fused, q, pages, page_table, before, first, scale, segments)
 
 
+BLOCK = 64
+"""Keys of one block of the invariant form; blocks start at position 0."""
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int) -> Tensor:
+    """Attention in blocks of keys that are merged in order, each query by itself.
+
+    A query's result depends on the keys it sees and on nothing else: rows are padded as in
+    ``linear_invariant``, blocks lie on a fixed grid, and a block that a query does not see adds an
+    exact zero.
+    """
+    tokens, heads = q.shape[:2]
+    group = heads // k.shape[1]
+    rows = tokens + -tokens % ROW_BLOCK
+    blocks = -(-k.shape[0] // BLOCK)
+    q_NTH = F.pad(q, (0, 0, 0, 0, 0, rows - tokens)).transpose(0, 1).float() * scale
+
+    def by_block(x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, 0, 0, blocks * BLOCK - x.shape[0]))
+        split = padded.unflatten(0, (blocks, BLOCK)).repeat_interleave(group, dim=2)
+        return split.permute(0, 2, 1, 3).float().flatten(0, 1)
+
+    k_cSH, v_cSH = by_block(k), by_block(v)
+    q_cTH = q_NTH.repeat(blocks, 1, 1)
+    scores = torch.bmm(q_cTH, k_cSH.transpose(1, 2)).unflatten(0, (blocks, heads))
+    last_seen = torch.arange(rows, device=q.device) + before
+    position = torch.arange(blocks * BLOCK, device=q.device).unflatten(0, (blocks, BLOCK))
+    hidden = position[:, None, None, :] > last_seen[None, None, :, None]
+    scores = scores.masked_fill(hidden, float("-inf"))
+    # The largest score of a row is the same number however many unseen blocks follow.
+    top = scores.amax((0, 3), keepdim=True)
+    share = elementwise_invariant(function=torch.exp, x=scores - top)
+    parts = torch.bmm(share.flatten(0, 1), v_cSH).unflatten(0, (blocks, heads))
+    sums = share.sum(-1)
+    out, total = parts[0], sums[0]
+    for block in range(1, blocks):
+        out, total = out + parts[block], total + sums[block]
+    return (out / total[..., None])[:, :tokens].transpose(0, 1).to(q.dtype)
+
+
+def attention_invariant(
+    *, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
+) -> Tensor:
+    """Blocks of keys on a fixed grid, one sequence at a time."""
+    borders = zip(segments.starts, segments.starts[1:], strict=False)
+    pieces = [_blocked(q[a:b], k[a:b], v[a:b], scale, 0) for a, b in borders if b > a]
+    return torch.cat(pieces) if pieces else q.new_zeros(q.shape)
+
+
+def attention_paged_invariant(
+    *,
+    q: Tensor,
+    pages: Tensor,
+    page_table: Tensor,
+    before: tuple[int, ...],
+    first: tuple[int, ...] | None = None,
+    scale: float,
+    segments: Segments,
+) -> Tensor:
+    """Pages are copied together, then attended in blocks of keys on a fixed grid."""
+    return _paged(_blocked, q, pages, page_table, before, first, scale, segments)
+
+
 IMPLS = {
     "attention": (
         Impl(backend="torch", load=lambda: attention_torch),
+        Impl(backend="invariant", load=lambda: attention_invariant, unfit=only_float32),
         Impl(backend="reference", load=lambda: attention_reference),
     ),
     "attention_paged": (
         Impl(backend="torch", load=lambda: attention_paged_torch),
+        Impl(backend="invariant", load=lambda: attention_paged_invariant, unfit=only_float32),
         Impl(backend="reference", load=lambda: attention_paged_reference),
     ),
 }

@@ -35,6 +35,18 @@ class GatedRmsNorm(Protocol):
     def __call__(self, *, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
 
+class Linear(Protocol):
+    """``x weight^T + bias``. Shapes: x [..., in], weight [out, in], bias [out] -> [..., out]."""
+
+    def __call__(self, *, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class Elementwise(Protocol):
+    """``function`` of every number of x, for functions without parameters. Shapes: any -> same."""
+
+    def __call__(self, *, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
+
+
 class ApplyRope(Protocol):
     """Rotate the first Y dimensions of every head, pairing i with i + Y/2.
 
@@ -132,6 +144,8 @@ BOUNDS: Mapping[str, float] = {
     "rms_norm": 1e-5,
     "rms_norm_zero_centred": 1e-5,
     "rms_norm_gated": 1e-5,
+    "linear": 1e-5,
+    "elementwise": 1e-6,
     "apply_rope": 1e-5,
     "causal_conv": 1e-5,
     "gated_delta_step": 1e-5,
@@ -169,6 +183,8 @@ class Ops:
     rms_norm: RmsNorm
     rms_norm_zero_centred: RmsNorm
     rms_norm_gated: GatedRmsNorm
+    linear: Linear
+    elementwise: Elementwise
     apply_rope: ApplyRope
     causal_conv: CausalConv
     gated_delta_step: GatedDelta

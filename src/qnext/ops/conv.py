@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qnext.ops.contracts import Impl
+from qnext.ops.elementwise import elementwise_invariant
 from qnext.ops.segments import Segments
 
 
@@ -34,25 +35,44 @@ def causal_conv_torch(
     Equal to the reference because the table sends a token near the start of its sequence to the
     saved window of that same sequence, never to a neighbour.
     """
+    out, state = _convolve(x, weight, state, segments)
+    return F.silu(out).to(x.dtype), state
+
+
+def causal_conv_invariant(
+    *, x: Tensor, weight: Tensor, state: Tensor | None, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """The fast form with a SiLU that does not depend on the number of rows."""
+    out, state = _convolve(x, weight, state, segments)
+    return elementwise_invariant(function=F.silu, x=out).to(x.dtype), state
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, state: Tensor | None, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """The sum over taps [P, ch] float32, and the new window."""
     history = weight.shape[1] - 1
     if state is None:
         state = x.new_zeros(segments.count, history, x.shape[1])
     rows = torch.cat((state.flatten(0, 1), x))
     if segments.longest == 1 and segments.total == segments.count:
         # One new token per sequence: its window is the saved one, no table needed.
-        out = (state.float() * weight[:, :history].float().T).sum(1)
-        out = out + x.float() * weight[:, history].float()
-        return F.silu(out).to(x.dtype), torch.cat((state[:, 1:], x[:, None]), dim=1)
+        # Summed in the order of the general case, so that both give the same bits.
+        out = x.float() * weight[:, history].float()
+        for j in range(history):
+            out = out + state[:, j].float() * weight[:, j].float()
+        return out, torch.cat((state[:, 1:], x[:, None]), dim=1)
     table = segments.window_table(history)
     out = x.float() * weight[:, history].float()
     for j in range(history):
         out = out + rows[table[:, j]].float() * weight[:, j].float()
-    return F.silu(out).to(x.dtype), rows[segments.tail_table(history)]
+    return out, rows[segments.tail_table(history)]
 
 
 IMPLS = {
     "causal_conv": (
         Impl(backend="torch", load=lambda: causal_conv_torch),
+        Impl(backend="invariant", load=lambda: causal_conv_invariant),
         Impl(backend="reference", load=lambda: causal_conv_reference),
     ),
 }

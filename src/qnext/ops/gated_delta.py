@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qnext.ops.contracts import Impl
+from qnext.ops.contracts import Elementwise, Impl
+from qnext.ops.elementwise import elementwise_invariant, elementwise_torch
 from qnext.ops.segments import ChunkTable, Segments
 
 CHUNK = 64
@@ -70,6 +71,37 @@ def gated_delta_step_torch(
     Sequences that are already finished are carried along with beta = 0 and g = 0, which neither
     decays nor writes.
     """
+    return _steps(elementwise_torch, q, k, v, g, beta, state, segments)
+
+
+def gated_delta_step_invariant(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
+    """The step form with an exponential that does not depend on the number of rows.
+
+    It also serves long pieces in place of the chunk form: token by token, a token's result cannot
+    depend on where a chunk began.
+    """
+    return _steps(elementwise_invariant, q, k, v, g, beta, state, segments)
+
+
+def _steps(
+    elementwise: Elementwise,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
     batch, group = segments.count, v.shape[1] // k.shape[1]
     if state is None:
         S_BWKM = q.new_zeros(batch, v.shape[1], k.shape[2], v.shape[2], dtype=torch.float32)
@@ -84,7 +116,8 @@ def gated_delta_step_torch(
     for q_BUK, k_BUK, v_BWM, g_BW, beta_BW in inputs:
         q_BWK = q_BUK.float().repeat_interleave(group, dim=1)
         k_BWK = k_BUK.float().repeat_interleave(group, dim=1)
-        S_BWKM = S_BWKM * g_BW.float().exp()[..., None, None]
+        decay_BW = elementwise(function=torch.exp, x=g_BW.float())
+        S_BWKM = S_BWKM * decay_BW[..., None, None]
         predicted_BWM = (k_BWK[..., None] * S_BWKM).sum(-2)
         delta_BWM = beta_BW.float()[..., None] * (v_BWM.float() - predicted_BWM)
         S_BWKM = S_BWKM + k_BWK[..., None] * delta_BWM[..., None, :]
@@ -188,10 +221,12 @@ def _to_chunks(x: Tensor, table: ChunkTable) -> Tensor:
 IMPLS = {
     "gated_delta_step": (
         Impl(backend="torch", load=lambda: gated_delta_step_torch),
+        Impl(backend="invariant", load=lambda: gated_delta_step_invariant),
         Impl(backend="reference", load=lambda: gated_delta_reference),
     ),
     "gated_delta_chunk": (
         Impl(backend="torch", load=lambda: gated_delta_chunk_torch),
+        Impl(backend="invariant", load=lambda: gated_delta_step_invariant),
         Impl(backend="reference", load=lambda: gated_delta_reference),
     ),
 }

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qnext.ops.contracts import Impl
+from qnext.ops.contracts import Elementwise, Impl, Linear
+from qnext.ops.elementwise import elementwise_invariant, elementwise_torch
+from qnext.ops.linear import linear_invariant, linear_torch, only_float32
 
 
 def experts_reference(
@@ -30,6 +32,18 @@ def experts_torch(
     Equal to the reference because sorting is undone by its inverse permutation and the slots of a
     token are added in their own order, in float32.
     """
+    return _by_expert(linear_torch, elementwise_torch, h, ids, weights, gate_up, down)
+
+
+def _by_expert(
+    linear: Linear,
+    elementwise: Elementwise,
+    h: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
     slots = ids.shape[1]
     order = torch.argsort(ids.flatten(), stable=True)
     inverse = torch.empty_like(order)
@@ -42,8 +56,9 @@ def experts_torch(
     start = 0
     for gate_up_e, down_e, count in experts:
         if count:
-            gate, up = F.linear(sorted_h[start : start + count], gate_up_e).chunk(2, dim=-1)
-            pieces.append(F.linear(F.silu(gate) * up, down_e))
+            rows = sorted_h[start : start + count]
+            gate, up = linear(x=rows, weight=gate_up_e).chunk(2, dim=-1)
+            pieces.append(linear(x=elementwise(function=F.silu, x=gate) * up, weight=down_e))
             start += count
     if not pieces:
         return h.new_zeros(h.shape)
@@ -55,9 +70,17 @@ def experts_torch(
     return total.to(h.dtype)
 
 
+def experts_invariant(
+    *, h: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Like the fast form, with the rows of every expert padded as in ``linear_invariant``."""
+    return _by_expert(linear_invariant, elementwise_invariant, h, ids, weights, gate_up, down)
+
+
 IMPLS = {
     "experts": (
         Impl(backend="torch", load=lambda: experts_torch),
+        Impl(backend="invariant", load=lambda: experts_invariant, unfit=only_float32),
         Impl(backend="reference", load=lambda: experts_reference),
     ),
 }

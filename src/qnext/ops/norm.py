@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qnext.ops.contracts import Impl
+from qnext.ops.elementwise import elementwise_invariant
 
 
 def rms_norm_reference(*, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,6 +44,12 @@ def rms_norm_gated_torch(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float)
     return (normed * F.silu(gate.float())).to(gate.dtype)
 
 
+def rms_norm_gated_invariant(*, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The fast form with a SiLU that does not depend on the number of rows."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+    return (normed * elementwise_invariant(function=F.silu, x=gate.float())).to(gate.dtype)
+
+
 IMPLS = {
     "rms_norm": (Impl(backend="reference", load=lambda: rms_norm_reference),),
     "rms_norm_zero_centred": (
@@ -51,6 +58,7 @@ IMPLS = {
     ),
     "rms_norm_gated": (
         Impl(backend="torch", load=lambda: rms_norm_gated_torch),
+        Impl(backend="invariant", load=lambda: rms_norm_gated_invariant),
         Impl(backend="reference", load=lambda: rms_norm_gated_reference),
     ),
 }

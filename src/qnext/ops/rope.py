@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from qnext.ops.contracts import Impl
+from qnext.ops.contracts import Elementwise, Impl
+from qnext.ops.elementwise import elementwise_torch
 
 
 def rope_frequencies(*, rotary_dim: int, theta: float) -> Tensor:
@@ -64,12 +65,18 @@ def yarn_attention_factor(
 
 
 def rope_table(
-    *, positions: Tensor, frequencies: Tensor, multiplier: float, dtype: torch.dtype
+    *,
+    positions: Tensor,
+    frequencies: Tensor,
+    multiplier: float,
+    dtype: torch.dtype,
+    elementwise: Elementwise = elementwise_torch,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [P, Y] of integer positions [P]; angles in float32, then cast to ``dtype``."""
     angles = positions.float()[:, None] * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * multiplier).to(dtype), (angles.sin() * multiplier).to(dtype)
+    cos, sin = (elementwise(function=f, x=angles) for f in (torch.cos, torch.sin))
+    return (cos * multiplier).to(dtype), (sin * multiplier).to(dtype)
 
 
 def apply_rope_reference(*, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

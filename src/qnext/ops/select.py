@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from qnext.errors import BackendError
-from qnext.ops import attention, conv, gated_delta, moe, norm, rope
+from qnext.ops import attention, conv, elementwise, gated_delta, linear, moe, norm, rope
 from qnext.ops.contracts import Impl, Ops, OpSpec
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     **norm.IMPLS,
+    **linear.IMPLS,
+    **elementwise.IMPLS,
     **rope.IMPLS,
     **conv.IMPLS,
     **gated_delta.IMPLS,
@@ -46,6 +48,15 @@ def select(spec: OpSpec | None = None, prefer: Mapping[str, str] | None = None) 
         why = f" ({'; '.join(refusals)})" if refusals else ""
         report.append(f"{op}: {impl.backend}{why}")
     return Ops(**chosen, report=tuple(report))  # type: ignore[arg-type]
+
+
+def invariant() -> dict[str, str]:
+    """``prefer`` for path-independent results: every op whose rows would else see each other."""
+    return {
+        op: "invariant"
+        for op, impls in IMPLS.items()
+        if any(i.backend == "invariant" for i in impls)
+    }
 
 
 def _choose(op: str, spec: OpSpec, name: str | None, strict: bool) -> tuple[Impl, list[str]]:

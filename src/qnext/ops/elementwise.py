@@ -1,0 +1,41 @@
+"""Functions of single numbers: sigmoid, SiLU, exponentials."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qnext.ops.contracts import Impl
+
+STEADY_BLOCK = 1 << 15
+"""The library gives blocks of this size to one thread and computes them without a remainder."""
+LANES = 64
+
+
+def elementwise_torch(*, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The function itself."""
+    return function(x)
+
+
+def elementwise_invariant(*, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The function on padded, contiguous blocks.
+
+    The library computes most of a tensor with vector instructions and the rest one by one, with
+    another exponential; which numbers are the rest depends on the tensor's size and strides. Padded
+    blocks have no rest.
+    """
+    flat = x.reshape(-1)
+    padded = F.pad(flat, (0, -flat.shape[0] % LANES)).contiguous()
+    blocks = [function(block) for block in padded.split(STEADY_BLOCK)]
+    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return whole[: flat.shape[0]].view(x.shape)
+
+
+IMPLS = {
+    "elementwise": (
+        Impl(backend="torch", load=lambda: elementwise_torch),
+        Impl(backend="invariant", load=lambda: elementwise_invariant),
+        Impl(backend="reference", load=lambda: elementwise_torch),
+    ),
+}

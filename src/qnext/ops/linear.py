@@ -1,0 +1,56 @@
+"""Matrix products with a weight: ``x W^T + b``, one row per token."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qnext.ops.contracts import Impl, Linear, OpSpec
+
+ROW_BLOCK = 16
+"""Row counts that are multiples of this give every row the same bits, whatever the others are."""
+
+
+def linear_torch(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The library's product; it is also the reference."""
+    return F.linear(x, weight, bias)
+
+
+def linear_invariant(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The library's product on a padded number of rows.
+
+    The library chooses its algorithm by the number of rows, and for few rows sums in another
+    order. From ``ROW_BLOCK`` rows on, in float32, it does not; the padding rows are cut off again.
+    """
+    rows = x.flatten(0, -2)
+    missing = -rows.shape[0] % ROW_BLOCK
+    padded = F.pad(rows, (0, 0, 0, missing))
+    return F.linear(padded, weight, bias)[: rows.shape[0]].unflatten(0, x.shape[:-1])
+
+
+def only_float32(spec: OpSpec) -> str | None:
+    """Why an invariant form does not fit, if so."""
+    if spec.dtype != torch.float32:
+        return f"rows are independent of each other in float32 only, not in {spec.dtype}."
+    if spec.device != "cpu":
+        return f"it was made for the CPU, not for {spec.device}."
+    return None
+
+
+class Projection(nn.Linear):
+    """A linear layer whose product is an op; parameters are those of ``nn.Linear``."""
+
+    def __init__(self, inputs: int, outputs: int, *, op: Linear, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x=x, weight=self.weight, bias=self.bias)
+
+
+IMPLS = {
+    "linear": (
+        Impl(backend="torch", load=lambda: linear_torch),
+        Impl(backend="invariant", load=lambda: linear_invariant, unfit=only_float32),
+        Impl(backend="reference", load=lambda: linear_torch),
+    ),
+}

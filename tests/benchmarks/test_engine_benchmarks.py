@@ -1,0 +1,179 @@
+"""The benchmarks of the engine itself: overhead and speculation."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from benchmarks.speculation_prompts import CLASSES
+
+from benchmarks import overhead, speculation
+from qnext import LLM, save_model
+from qnext.config import ModelConfig
+from qnext.cost import parameters
+from qnext.engine import engine as engine_module
+from qnext.engine.engine import Engine
+from qnext.engine.speculative import MAX_DRAFTS
+from qnext.model.model import CausalLM, initialise
+
+PARTS = {"layers", "lm_head", "build the batch", "keep", "plan", "sample", "accept and report"}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder) -> LLM:
+    return LLM(tiny_folder, memory="8MiB", max_num_seqs=1)
+
+
+# -- overhead --------------------------------------------------------------------------------------
+
+
+def test_time_of_an_inner_part_is_not_time_of_the_outer():
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    watch = overhead.Stopwatch(clock=lambda: now[0])
+    inner = watch.around("inner", lambda: spend(3.0))
+
+    def whole() -> None:
+        spend(1.0)
+        inner()
+        inner()
+        spend(0.5)
+
+    watch.around("outer", whole)()
+    assert dict(watch.seconds) == {"outer": 1.5, "inner": 6.0}
+    inner()
+    assert watch.seconds["inner"] == 9.0
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_every_step_is_split_into_its_parts(tiny_model, drafts):
+    steps = overhead.measure(
+        tiny_model, batch=3, steps=5, speculative_tokens=drafts, sampling={"temperature": 0.0}
+    )
+    assert len(steps) == 5
+    for step in steps:
+        assert set(step) == (PARTS | {"draft layer"} if drafts else PARTS)
+        assert all(seconds > 0 for seconds in step.values())
+    found = overhead.overhead(steps)
+    assert 0 < found["share"] < 1
+    assert found["step"] > found["layers"]
+
+
+def test_the_share_is_everything_but_the_model():
+    step = {"layers": 5.0, "lm_head": 2.0, "draft layer": 1.0, "plan": 0.5, "sample": 1.5}
+    slow = {**step, "sample": 11.5}
+    assert overhead.overhead([step, slow, step])["share"] == pytest.approx(2 / 10)
+    assert overhead.overhead([step, slow, step])["step"] == pytest.approx(10)
+
+
+def test_nothing_is_left_of_the_stopwatch(tiny_model):
+    engine = Engine(tiny_model, max_num_seqs=2, max_batch_tokens=64)
+    before = engine_module.sample
+    with overhead.watched(engine):
+        assert engine_module.sample is not before
+    assert engine_module.sample is before
+    for owner in (engine, engine.runner, engine.scheduler, tiny_model):
+        assert not {"step", "run", "forward", "plan"} & set(vars(owner))
+
+
+def test_the_model_has_about_fifty_million_parameters():
+    counts = parameters(ModelConfig.from_dict(overhead.MODEL))
+    assert 45e6 < counts.total < 55e6
+    assert counts.mtp > 0
+
+
+# -- speculation -----------------------------------------------------------------------------------
+
+
+def test_every_class_has_prompts_for_the_largest_batch():
+    for prompts in CLASSES.values():
+        assert len(prompts) == len({json.dumps(prompt) for prompt in prompts}) == 16
+
+
+@pytest.mark.parametrize("name", ["stories", "chat"])
+def test_settings_are_compared_in_pairs(llm, name):
+    cells = speculation.compare(
+        llm, CLASSES[name], name=name, batch=2, settings=(2, 0, "auto"), rounds=3, max_tokens=12
+    )
+    assert [cell.setting for cell in cells] == [0, 2, "auto"]
+    assert cells[0].ratios == [1.0, 1.0, 1.0]
+    for cell in cells:
+        assert cell.differing == 0
+        assert len(cell.tried) == len(cell.taken) == MAX_DRAFTS
+        pairs = zip(cell.rates, cells[0].rates, strict=True)
+        assert cell.ratios == pytest.approx([rate / off for rate, off in pairs])
+        assert all(0 <= b <= a for a, b in zip(cell.tried, cell.taken, strict=True))
+    assert cells[0].acceptance == [None] * MAX_DRAFTS
+    # Of two drafts the second is tried when the first was accepted, and the third never.
+    assert cells[1].tried[0] > 0
+    assert cells[1].tried[1] <= cells[1].taken[0]
+    assert cells[1].tried[2:] == [0, 0]
+    shown = speculation.lines(cells)
+    assert len(shown) == 3
+    rows = speculation.result_rows(cells, "tiny")
+    assert [row["what"] for row in rows] == [
+        f"{name.capitalize()}, batch 2, 2 drafts",
+        f"{name.capitalize()}, batch 2, as measurement says",
+    ]
+
+
+def test_the_interval_is_that_of_the_median():
+    assert speculation.interval([1.5] * 7) == (1.5, 1.5, 1.5)
+    ratios = np.random.default_rng(0).normal(1.2, 0.1, size=40)
+    median, low, high = speculation.interval(ratios)
+    assert median == np.median(ratios)
+    assert low < median < high
+    few = speculation.interval(ratios[:8])
+    assert few[2] - few[1] > high - low
+    # The normal approximation of the same interval: 1.253 standard errors of the mean.
+    assert high - low == pytest.approx(2 * 1.96 * 1.253 * 0.1 / 40**0.5, rel=0.5)
+
+
+def cell(name: str, batch: int, setting: int | str, ratio: float, first: float):
+    return speculation.Cell(
+        prompts=name, batch=batch, setting=setting, ratios=[ratio] * 5, rates=[10.0] * 5,
+        tried=[100, 0, 0, 0], taken=[int(100 * first), 0, 0, 0],
+    )  # fmt: skip
+
+
+def test_findings_hold_the_promises_against_the_numbers():
+    cells = [
+        cell("lists", 1, 2, 1.45, 0.9), cell("lists", 1, "auto", 1.4, 0.9),
+        cell("stories", 1, 2, 1.1, 0.7), cell("stories", 1, "auto", 1.05, 0.7),
+        cell("chat", 1, 2, 0.8, 0.3), cell("chat", 4, "auto", 0.97, 0.3),
+    ]  # fmt: skip
+    first, *others = speculation.findings(cells)
+    assert "in 2 of 3 cases; the lowest is 0.97 (0.97 to 0.97): chat, 4 at a time" in first
+    assert len(others) == 2
+    assert "lists, 1 at a time: 90%" in others[0]
+    assert "the best setting, 2, gains 1.45 (1.45 to 1.45), at least 1.3" in others[0]
+    assert "stories, 1 at a time: 70%" in others[1]
+    assert "less than 1.3" in others[1]
+
+
+def test_a_model_without_a_head_is_refused(tmp_path, tiny_folder, tiny_config, capsys):
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    headless = CausalLM(replace(tiny_config, num_mtp_layers=0))
+    initialise(headless, seed=0)
+    save_model(headless, tmp_path)
+    assert speculation.main(["--model", str(tmp_path)]) == 2
+    assert "this model has no MTP head to draft with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (overhead, ["--batch", "0"]),
+        (overhead, ["--steps", "100000"]),
+        (speculation, ["--rounds", "0"]),
+        (speculation, ["--batches", "1", "-4"]),
+    ],
+)
+def test_impossible_numbers_are_refused(program, arguments, capsys):
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+    assert "expected at" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Rows of a covering array: every combination of values of any two factors appears in one."""
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+
+Row = dict[str, object]
+
+
+def covering_array(
+    factors: Mapping[str, Sequence[object]], *, strength: int = 2, seed: int = 0
+) -> list[Row]:
+    """A greedy covering array: few rows in which every ``strength``-tuple of values appears."""
+    names = list(factors)
+    generator = random.Random(seed)
+    missing = {
+        tuple(zip(some, values, strict=True))
+        for some in itertools.combinations(names, strength)
+        for values in itertools.product(*(factors[name] for name in some))
+    }
+    rows = []
+    while missing:
+        best: tuple[int, Row] | None = None
+        for _ in range(12):
+            start = generator.choice(sorted(missing, key=str))
+            row: Row = dict(start)
+            rest = [name for name in names if name not in row]
+            generator.shuffle(rest)
+            for name in rest:
+                row[name] = max(
+                    factors[name],
+                    key=lambda value, name=name, row=row: (
+                        _gain({**row, name: value}, name, missing, strength),
+                        generator.random(),
+                    ),
+                )
+            covered = len(_tuples(row, names, strength) & missing)
+            if best is None or covered > best[0]:
+                best = (covered, row)
+        assert best is not None
+        rows.append({name: best[1][name] for name in names})
+        missing -= _tuples(best[1], names, strength)
+    return rows
+
+
+def _tuples(row: Row, names: Sequence[str], strength: int) -> set:
+    there = [name for name in names if name in row]
+    return {
+        tuple((name, row[name]) for name in some)
+        for some in itertools.combinations(there, strength)
+    }
+
+
+def _gain(row: Row, name: str, missing: set, strength: int) -> int:
+    others = [other for other in row if other != name]
+    count = 0
+    for some in itertools.combinations(others, strength - 1):
+        wanted = {*some, name}
+        key = tuple((n, row[n]) for n in row if n in wanted)
+        count += key in missing or tuple(sorted(key)) in missing
+    return count
