@@ -3,6 +3,16 @@
 import pytest
 
 from qnext.engine import engine, prefix, scheduler
+from qnext.model.model import CausalLM
+from qnext.ops import OpSpec, invariant, select
+
+
+@pytest.fixture(scope="session")
+def exact_model(tiny_model) -> CausalLM:
+    """The tiny model with path-independent ops."""
+    model = CausalLM(tiny_model.config, ops=select(OpSpec(), prefer=invariant()))
+    model.load_state_dict(tiny_model.state_dict())
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture

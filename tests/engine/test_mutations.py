@@ -393,5 +393,8 @@ def test_plans_that_depend_on_chance_are_noticed(small_limits, monkeypatch):
     monkeypatch.setattr(
         Scheduler, "_victim", lambda self: random.choice(sorted(self.running, key=id)[1:])
     )
-    sessions = [drive_seed(3, 150) for _ in range(2)]
-    assert sessions[0].engine.runner.plans != sessions[1].engine.runner.plans
+    for seed in range(40):
+        first, second = drive_seed(seed, 150), drive_seed(seed, 150)
+        if first.engine.runner.plans != second.engine.runner.plans:
+            return
+    raise AssertionError("nobody noticed")

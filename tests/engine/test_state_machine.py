@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from traffic import act_add, act_cancel
+from traffic import act_add, act_cancel, act_park
 
 SEEDS, STEPS = 36, 250
 
@@ -67,6 +67,10 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         act_cancel(self.session, self.dice(data))
+
+    @rule(data=st.data())
+    def park(self, data):
+        act_park(self.session, self.dice(data))
 
     @rule()
     def clear(self):

@@ -42,7 +42,10 @@ class Clock:
 
 
 class Traffic:
-    """Requests whose prompts begin alike: documents, earlier prompts, conversations going on."""
+    """Requests whose prompts begin alike: documents, earlier prompts, conversations going on.
+
+    ``plain`` ones are greedy and have no other wishes than two log-probabilities per token.
+    """
 
     def __init__(self, dice: Dice, *, vocab_size: int, longest: int, plain: bool = False) -> None:
         self.dice, self.vocab_size, self.longest, self.plain = dice, vocab_size, longest, plain
@@ -95,7 +98,7 @@ class Traffic:
             "seed": dice(0, 1 << 40),
         }
         if self.plain:
-            return SamplingParams(**settings)
+            return SamplingParams(**settings, logprobs=2)
         kind = dice(0, 19)
         if kind >= 16:
             settings |= {"temperature": 0.9, "top_k": (4, 8)[dice(0, 1)]}
@@ -336,7 +339,7 @@ class Session:
 
 
 def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None:
-    """Random arrivals, steps, cancellations and clearings until so many steps were run."""
+    """Random arrivals, steps, cancellations, parking, clearing until so many steps were run."""
     engine, tried = session.engine, 0
     while engine.steps < steps:
         tried += 1
@@ -346,6 +349,8 @@ def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None
                 act_add(session, traffic)
         if dice(0, 11) == 0:
             act_cancel(session, dice)
+        if dice(0, 14) == 0:
+            act_park(session, dice)
         if dice(0, 149) == 0:
             session.clear()
         for _ in range(dice(1, 3)):
@@ -363,3 +368,11 @@ def act_cancel(session: Session, dice: Dice) -> None:
     """Somebody gives up: a request of any state, or one that is not there."""
     names: Sequence[str] = [*session.live, "nobody"]
     session.cancel(names[dice(0, len(names) - 1)])
+
+
+def act_park(session: Session, dice: Dice) -> None:
+    """Take a running sequence off, as if memory had run out."""
+    running = session.engine.scheduler.running
+    if running:
+        session.engine.scheduler.park(running[dice(0, len(running) - 1)])
+        session.check()
