@@ -87,6 +87,31 @@ class CacheSizes:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What an engine has to know beside its runner and its pages."""
+
+    num_slots: int
+    """Sequences that can run at once."""
+    num_snapshots: int
+    """Slots of the runner that are set aside for snapshots."""
+    page_size: int
+    """Tokens of a page."""
+    max_batch_tokens: int
+    """Rows of a step."""
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    defined_ids: int
+    """Ids below this can be chosen."""
+    max_chunk_tokens: int | None = None
+    """Rows of one prompt in a step; None for all there are."""
+    speculative_tokens: int | str = 0
+    """Drafts per sequence and step, or "auto"."""
+    snapshot_interval: int = 0
+    """Tokens of a prompt between snapshots; 0 for none."""
+
+
 class Engine:
     """Continuous batching over one model and one cache.
 
@@ -96,6 +121,7 @@ class Engine:
     without an MTP head. ``max_chunk_tokens`` bounds how much of one prompt a step runs.
     ``batch_invariant`` checks that the model's ops give a token the same bits on every path (it
     must have been loaded with them); BackendError if they do not.
+    ``clock`` gives seconds; ``around`` takes another runner.
     """
 
     def __init__(
@@ -118,19 +144,15 @@ class Engine:
         config = model.config
         if batch_invariant:
             check_path_independence(model)
-        self.policy = DraftPolicy(
-            _draft_setting(speculative_tokens, has_head=model.mtp is not None)
-        )
-        self.max_model_len = min(
+        setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
+        max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
-        self.defined_ids = min(defined_ids or config.vocab_size, config.vocab_size)
-        self.vocab_size = config.vocab_size
         sizes = CacheSizes.within(
             config,
             memory_bytes=memory_bytes,
             max_num_seqs=max_num_seqs,
-            max_model_len=self.max_model_len,
+            max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
         )
@@ -138,46 +160,61 @@ class Engine:
             model,
             num_slots=sizes.num_slots + sizes.num_snapshots,
             num_pages=sizes.num_pages,
-            track_mtp=self.policy.limit > 0,
+            track_mtp=setting != 0,
             rollback=rollback,
         )
-        snapshot_slots = [runner.open() for _ in range(sizes.num_snapshots)]
-        self._set_up(
-            runner,
-            PagePool(sizes.num_pages),
-            snapshot_slots,
+        settings = Settings(
             num_slots=sizes.num_slots,
+            num_snapshots=sizes.num_snapshots,
+            page_size=PAGE_SIZE,
             max_batch_tokens=max_batch_tokens,
             max_chunk_tokens=max_chunk_tokens,
+            max_model_len=max_model_len,
+            vocab_size=config.vocab_size,
+            defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
+            speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
-            clock=clock,
         )
+        self._set_up(runner, PagePool(sizes.num_pages), settings, clock)
 
-    def _set_up(
-        self,
+    @classmethod
+    def around(
+        cls,
         runner: Runner,
         pool: PagePool,
-        snapshot_slots: Sequence[int],
+        settings: Settings,
         *,
-        num_slots: int,
-        max_batch_tokens: int,
-        max_chunk_tokens: int | None,
-        snapshot_interval: int,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> "Engine":
+        """An engine over a runner and pages that are there already.
+
+        The runner has at least as many free slots as sequences and snapshots together, and as
+        many pages as the pool.
+        """
+        engine = cls.__new__(cls)
+        engine._set_up(runner, pool, settings, clock)
+        return engine
+
+    def _set_up(
+        self, runner: Runner, pool: PagePool, settings: Settings, clock: Callable[[], float]
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
+        self.max_model_len, self.vocab_size = settings.max_model_len, settings.vocab_size
+        self.defined_ids = settings.defined_ids
+        self.policy = DraftPolicy(settings.speculative_tokens)
+        snapshot_slots = [runner.open() for _ in range(settings.num_snapshots)]
         self.prefix = PrefixCache(pool, snapshot_slots, clock=clock)
         self.scheduler = Scheduler(
             slots=runner,
-            num_slots=num_slots,
+            num_slots=settings.num_slots,
             pool=pool,
             prefix=self.prefix,
-            page_size=PAGE_SIZE,
-            max_batch_tokens=max_batch_tokens,
-            max_model_len=self.max_model_len,
+            page_size=settings.page_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_model_len=settings.max_model_len,
             max_drafts=self.policy.limit,
-            max_chunk_tokens=max_chunk_tokens,
-            interval=snapshot_interval,
+            max_chunk_tokens=settings.max_chunk_tokens,
+            interval=settings.snapshot_interval,
         )
         self._sequences: dict[str, Running] = {}
         self._cancelled: dict[str, FinishReason] = {}
@@ -201,11 +238,12 @@ class Engine:
                     f"prompt token {position}: id {token} is outside the vocabulary "
                     f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
                 )
-        for token in (*request.params.logit_bias, *request.params.stop_token_ids):
+        banned = [token for word in request.bad_ids for token in word]
+        for token in (*request.params.logit_bias, *request.params.stop_token_ids, *banned):
             if not 0 <= token < limit:
                 raise RequestError(
-                    f"logit_bias and stop_token_ids: id {token} is outside the vocabulary "
-                    f"(0 ... {limit - 1})."
+                    f"logit_bias, stop_token_ids and bad_words: id {token} is outside the "
+                    f"vocabulary (0 ... {limit - 1})."
                 )
         seed = request.params.seed
         if seed is None:
@@ -282,7 +320,7 @@ class Engine:
         start, drafts = sequence.done, sequence.drafts
         known = sequence.tokens(start, start + item.count)
         ids = [*known, *drafts][: item.count]
-        if self._scores_prompt(sequence):
+        if sequence.scores_prompt:
             rows = range(item.count)
         elif not self._samples(item):
             rows = range(0)
@@ -395,17 +433,12 @@ class Engine:
 
     # -- scoring ---------------------------------------------------------------------------------
 
-    def _scores_prompt(self, sequence: Running) -> bool:
-        request = sequence.request
-        wants = request.score_only or request.params.prompt_logprobs is not None
-        return wants and len(sequence.prompt_logprobs) < len(request.prompt_ids) - 1
-
     def _score_prompts(self, items: Sequence[Item], works: Sequence[Work], logits: Tensor) -> None:
         """Log-probabilities of prompt tokens from the rows before them."""
         at = 0
         for item, work in zip(items, works, strict=True):
             sequence, rows = item.sequence, len(work.rows)
-            if self._scores_prompt(sequence):
+            if sequence.scores_prompt:
                 prompt = sequence.request.prompt_ids
                 start = len(sequence.prompt_logprobs)
                 end = min(sequence.done + item.count, len(prompt) - 1)
@@ -422,7 +455,7 @@ class Engine:
         if not self.policy.limit:
             return
         started = self._clock()
-        decoding = [s for s in sequences if s.length - s.done == 1]
+        decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
         k = self.policy.choose([s.request.id for s in decoding])
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [

@@ -84,6 +84,13 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        request = self.request
+        wants = request.score_only or request.params.prompt_logprobs is not None
+        return wants and len(self.prompt_logprobs) < len(request.prompt_ids) - 1
+
+    @property
     def order(self) -> tuple[int, int]:
         """Smaller is served first."""
         return (self.request.priority, self.arrival)
@@ -168,10 +175,12 @@ class Scheduler:
         room = self.max_model_len - prompt
         wanted = request.params.max_tokens
         most = room if wanted is None else min(wanted, room)
+        if request.score_only:
+            most = 0
         self._arrivals += 1
         sequence = Sequence(request=request, seed=seed, max_tokens=most, arrival=self._arrivals)
         # One page more than its tokens fill: the copy of a page it shares in part.
-        need = self._pages(prompt + most + self.max_drafts) + 1
+        need = self._pages(prompt + most) + 1
         if need > self.pool.num_pages:
             held = (self.pool.num_pages - 1) * self.page_size
             raise RequestError(
@@ -211,11 +220,14 @@ class Scheduler:
             budget -= len(sequence.drafts)
             count = 1 + len(sequence.drafts)
             items.append(Item(sequence=sequence, count=count, captures=captures))
+        scored = SCORED_ROWS
         for sequence in prefilling:
             sequence.drafts.clear()
-            count = self._chunk(sequence, budget)
+            room = min(budget, scored) if sequence.scores_prompt else budget
+            count = self._chunk(sequence, room)
             if count:
                 budget -= count
+                scored -= count if sequence.scores_prompt else 0
                 end = sequence.done + count
                 items.append(
                     Item(sequence=sequence, count=count, captures=self._captures(sequence, end))
@@ -226,8 +238,6 @@ class Scheduler:
         """Rows of a prompt in this step: on the page grid unless it ends the prompt."""
         left = sequence.length - sequence.done
         budget = min(budget, self.max_chunk_tokens)
-        if sequence.request.score_only or sequence.request.params.prompt_logprobs is not None:
-            budget = min(budget, SCORED_ROWS)
         if left <= budget:
             return left
         end = sequence.done + budget
@@ -268,14 +278,14 @@ class Scheduler:
         ids = sequence.tokens(0, sequence.length)
         snapshot = None
         known = 0
-        if sequence.request.params.prompt_logprobs is None and not sequence.request.score_only:
+        if not sequence.scores_prompt:
             match = self.prefix.match(ids)
             known, snapshot = match.known, match.snapshot
         if snapshot is not None:
             snapshot.pinned += 1
         try:
             shared = snapshot.length // self.page_size if snapshot else 0
-            need = self._pages(sequence.length + self.max_drafts) - shared
+            need = self._pages(self._reach(sequence)) - shared
             watermark = len(self.running)
             if self.pool.free < need + watermark and (
                 self.pool.free + self.prefix.evictable() < need + watermark
@@ -317,9 +327,12 @@ class Scheduler:
         self.running.sort(key=lambda s: s.order)
 
     def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
-        """Where this prompt should leave snapshots, the most useful first, in order of length."""
+        """Where this prompt should leave snapshots, the most useful first, in order of length.
+
+        A text that is only scored leaves none: nothing goes on from it.
+        """
         prompt = len(sequence.request.prompt_ids)
-        if not self.prefix.num_slots:
+        if not self.prefix.num_slots or sequence.request.score_only:
             return []
         wanted = [(n, why) for n, why in sequence.request.hints if 0 < n <= prompt]
         branch = min(known, prompt - 1)
@@ -355,23 +368,24 @@ class Scheduler:
                 sequence.pages.extend(self.pool.take(missing))
 
     def _reach(self, sequence: Sequence) -> int:
-        """Tokens it may have written when the step is over.
-
-        All drafts may be accepted, and then the MTP layer writes the same number once more.
-        """
-        prompt = len(sequence.request.prompt_ids)
-        most = prompt + sequence.max_tokens + self.max_drafts
-        return min(sequence.length + 2 * self.max_drafts, most)
+        """Positions that a step may write to: drafts, then the drafts that follow those."""
+        last = len(sequence.request.prompt_ids) + sequence.max_tokens
+        return min(sequence.length + 2 * self.max_drafts, last)
 
     def _have(self, pages: int) -> bool:
-        return self.pool.free >= pages or self.prefix.make_room(pages)
+        if self.pool.free >= pages:
+            return True
+        # When evicting everything would not do, a sequence has to go first.
+        enough = self.pool.free + self.prefix.evictable() >= pages
+        return enough and self.prefix.make_room(pages)
 
     def _victim(self) -> Sequence:
         """The youngest of the lowest class, preferring those that have run a while."""
         candidates = sorted(self.running, key=lambda s: s.order)[1:]
         assert candidates, "a sequence that runs alone fits: add() has checked it"
-        rested = [s for s in candidates if s.ran >= MIN_RUN_TOKENS]
-        return (rested or candidates)[-1]
+        lowest = [s for s in candidates if s.request.priority == candidates[-1].request.priority]
+        rested = [s for s in lowest if s.ran >= MIN_RUN_TOKENS]
+        return (rested or lowest)[-1]
 
     def park(self, sequence: Sequence) -> None:
         """Take a running sequence off; its state becomes a snapshot if there is room for one."""

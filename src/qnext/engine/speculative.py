@@ -128,7 +128,8 @@ class DraftPolicy:
     def _rate(self, request_ids: Sequence[str], bucket: int, drafts: int) -> float:
         """Expected tokens per second of a step with so many drafts per sequence."""
         tokens = sum(self._expected(request_id, drafts) for request_id in request_ids)
-        return tokens / self._seconds(bucket, drafts)
+        # A coarse clock may not have moved.
+        return tokens / max(self._seconds(bucket, drafts), 1e-9)
 
     def _expected(self, request_id: str, drafts: int) -> float:
         own = self.by_request.get(request_id)
