@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import transformers
-
 from benchmarks.harness import ROOT, write_result
 
 HEADLINES = {

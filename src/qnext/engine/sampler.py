@@ -110,9 +110,10 @@ def _adjust(scores_V: Tensor, row: SampleRow) -> None:
         if token < scores_V.shape[0]:
             scores_V[token] += bias
     for word in row.bad_words:
-        before = tuple(row.recent[len(row.recent) - len(word) + 1 :]) if len(word) > 1 else ()
-        if before == word[:-1] and word[-1] < scores_V.shape[0]:
-            scores_V[word[-1]] = float("-inf")
+        *before, last = word
+        recent = row.recent[len(row.recent) - len(before) :] if before else ()
+        if list(recent) == before and last < scores_V.shape[0]:
+            scores_V[last] = float("-inf")
     if row.index < params.min_tokens and row.stop_ids:
         scores_V[[token for token in row.stop_ids if token < scores_V.shape[0]]] = float("-inf")
     if params.repetition_penalty != 1.0:

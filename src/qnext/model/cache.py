@@ -280,4 +280,4 @@ class HybridCache:
         lanes = torch.tensor([place[b] for b in live], device=view.segments.device)
         steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)
         for layer, states in view.states.items():
-            self.recurrent[layer, view.slot_index[live]] = torch.stack(states)[steps, lanes]
+            self.recurrent[layer, view.slot_index[live]] = states[steps, lanes]

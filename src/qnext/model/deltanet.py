@@ -90,19 +90,24 @@ class GatedDeltaNet(nn.Module):
         """The delta rule in the rounds of a step, with a stop wherever a state is needed."""
         o_PWM = torch.zeros_like(inputs["v"], dtype=torch.float32)
         for piece in view.rounds:
-            delta = self._delta(piece.by_step)
-            if piece.is_whole:
-                o_PWM, state_BWKM = delta(**inputs, state=state_BWKM, segments=piece.segments)
-                piece_BWKM = state_BWKM
+            whole = piece.is_whole
+            out_PWM, piece_BWKM = self._delta(piece.by_step, every_state=piece.speculative)(
+                **(inputs if whole else {name: x[piece.rows] for name, x in inputs.items()}),
+                state=state_BWKM if whole else state_BWKM[piece.lanes],
+                segments=piece.segments,
+            )
+            if piece.speculative:
+                view.states[self.cache_layer] = piece_BWKM
+                piece_BWKM = piece_BWKM[-1]
+            if whole:
+                o_PWM, state_BWKM = out_PWM, piece_BWKM
             else:
-                o_PWM[piece.rows], piece_BWKM = delta(
-                    **{name: x[piece.rows] for name, x in inputs.items()},
-                    state=state_BWKM[piece.lanes],
-                    segments=piece.segments,
-                )
+                o_PWM[piece.rows] = out_PWM
                 state_BWKM[piece.lanes] = piece_BWKM
             view.end_round(self.cache_layer, piece, piece_BWKM)
         return o_PWM, state_BWKM
 
-    def _delta(self, by_step: bool) -> GatedDelta:
+    def _delta(self, by_step: bool, *, every_state: bool = False) -> GatedDelta:
+        if every_state:
+            return self.ops.gated_delta_verify
         return self.ops.gated_delta_step if by_step else self.ops.gated_delta_chunk

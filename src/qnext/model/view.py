@@ -44,7 +44,7 @@ class Round:
     captured: tuple[tuple[int, int], ...]
     """(lane in this round, slot) of states to copy once the round is over."""
     speculative: bool
-    """Whether the states after this round may become permanent later."""
+    """Whether the states after each of its tokens are wanted."""
     is_whole: bool = False
     """Whether it is all tokens of all sequences, in their order: nothing has to be gathered."""
 
@@ -57,8 +57,7 @@ def rounds_of(
 ) -> tuple[Round, ...]:
     """Cut a batch into rounds.
 
-    A speculative sequence is walked token by token with a stop after each when its states are to
-    be picked from ("snapshots"), and in one go otherwise.
+    Speculative sequences are one round; with "snapshots" its states after every token are noted.
     """
     rounds: list[Round] = []
     asked = {b: sorted(c for c in captures if c.sequence == b) for b in {c[0] for c in captures}}
@@ -72,18 +71,8 @@ def rounds_of(
             pieces = [(b, *cuts[b][number]) for b in group if number < len(cuts[b])]
             rounds.append(_round(segments, pieces, by_step=by_step, speculative=False))
     if speculative:
-        longest = max(segments.lengths[b] for b in speculative)
-        if rollback == "snapshots":
-            spans = [(t, t + 1) for t in range(longest)]
-        else:
-            spans = [(0, longest)]
-        for start, end in spans:
-            # All speculative lanes are in every round, so that states can be stacked.
-            pieces = [
-                (b, min(start, segments.lengths[b]), min(end, segments.lengths[b]), ())
-                for b in speculative
-            ]
-            rounds.append(_round(segments, pieces, by_step=True, speculative=True))
+        pieces = [(b, 0, segments.lengths[b], ()) for b in speculative]
+        rounds.append(_round(segments, pieces, by_step=True, speculative=rollback == "snapshots"))
     if len(rounds) == 1 and len(rounds[0].lanes) == segments.count:
         rounds[0] = replace(rounds[0], is_whole=True)
     return tuple(rounds)
@@ -146,8 +135,8 @@ class CacheView:
     rounds: tuple[Round, ...] = ()
     held: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     """By delta layer: convolution inputs, k, v, g, beta of all new tokens."""
-    states: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By delta layer: states of the speculative sequences after each of their tokens."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """By delta layer: states [T, B', W, K, M] of the speculative sequences after each token."""
     hidden: Tensor | None = None
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
@@ -186,11 +175,9 @@ class CacheView:
             self.cache.recurrent[layer, slots] = recurrent[settled]
 
     def end_round(self, layer: int, done: Round, state: Tensor) -> None:
-        """Take note of the states [B', W, K, M] after a round."""
+        """Copy the states [B', W, K, M] after a round that were asked for."""
         for lane, slot in done.captured:
             self.cache.recurrent[layer, slot] = state[lane]
-        if done.speculative and self.cache.rollback == "snapshots":
-            self.states.setdefault(layer, []).append(state)
 
     def remember(self, hidden: Tensor) -> None:
         """Note the final hidden rows [P, D] of this step; ``keep`` stores the last kept one."""

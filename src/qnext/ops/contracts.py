@@ -149,6 +149,7 @@ BOUNDS: Mapping[str, float] = {
     "apply_rope": 1e-5,
     "causal_conv": 1e-5,
     "gated_delta_step": 1e-5,
+    "gated_delta_verify": 1e-5,
     "gated_delta_chunk": 2e-5,
     "attention": 1e-5,
     "attention_paged": 1e-5,
@@ -188,6 +189,9 @@ class Ops:
     apply_rope: ApplyRope
     causal_conv: CausalConv
     gated_delta_step: GatedDelta
+    gated_delta_verify: GatedDelta
+    """Like ``gated_delta_step``, but returns the states after every token, float32 [T, B, W, K, M]
+    with T the longest length; a finished sequence keeps its last one."""
     gated_delta_chunk: GatedDelta
     attention: Attention
     attention_paged: PagedAttention

@@ -92,6 +92,64 @@ def gated_delta_step_invariant(
     return _steps(elementwise_invariant, q, k, v, g, beta, state, segments)
 
 
+def gated_delta_verify_reference(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
+    """The plain loop, run once for every number of leading tokens."""
+    tensors, starts = (q, k, v, g, beta), segments.starts
+    out, states = None, []
+    for tokens in range(1, segments.longest + 1):
+        lengths = [min(tokens, length) for length in segments.lengths]
+        rows = [torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=False)]
+        some = [x[torch.cat(rows)] for x in tensors]
+        out, final = gated_delta_reference(
+            q=some[0], k=some[1], v=some[2], g=some[3], beta=some[4], state=state,
+            segments=Segments.of(lengths, segments.device),
+        )  # fmt: skip
+        states.append(final)
+    assert out is not None, "no token to verify"
+    return out, torch.stack(states)
+
+
+def gated_delta_verify_torch(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
+    """The step form, which passes through every one of those states anyway."""
+    states: list[Tensor] = []
+    out, _ = _steps(elementwise_torch, q, k, v, g, beta, state, segments, states)
+    return out, torch.stack(states)
+
+
+def gated_delta_verify_invariant(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor]:
+    """The invariant step form and the states it passes through."""
+    states: list[Tensor] = []
+    out, _ = _steps(elementwise_invariant, q, k, v, g, beta, state, segments, states)
+    return out, torch.stack(states)
+
+
 def _steps(
     elementwise: Elementwise,
     q: Tensor,
@@ -101,43 +159,49 @@ def _steps(
     beta: Tensor,
     state: Tensor | None,
     segments: Segments,
+    passed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Walk token by token; the state after each is appended to ``passed``."""
     batch, group = segments.count, v.shape[1] // k.shape[1]
     if state is None:
         S_BWKM = q.new_zeros(batch, v.shape[1], k.shape[2], v.shape[2], dtype=torch.float32)
     else:
         S_BWKM = state.float()
-    if segments.longest == 1 and segments.total == batch:
-        inputs = [(q, k, v, g, beta)]
-    else:
-        table = segments.chunks(segments.longest) if segments.total else None
-        inputs = [] if table is None else _by_step((q, k, v, g, beta), table, batch)
+    if not segments.total:
+        return v.float().new_zeros(v.shape), S_BWKM
+    q_PWK = q.float().repeat_interleave(group, dim=1)
+    k_PWK = k.float().repeat_interleave(group, dim=1)
+    inputs = _by_step((q_PWK, k_PWK, v.float(), g.float(), beta.float()), segments)
     outs = []
-    for q_BUK, k_BUK, v_BWM, g_BW, beta_BW in inputs:
-        q_BWK = q_BUK.float().repeat_interleave(group, dim=1)
-        k_BWK = k_BUK.float().repeat_interleave(group, dim=1)
-        decay_BW = elementwise(function=torch.exp, x=g_BW.float())
+    for q_BWK, k_BWK, v_BWM, g_BW, beta_BW in inputs:
+        decay_BW = elementwise(function=torch.exp, x=g_BW)
         S_BWKM = S_BWKM * decay_BW[..., None, None]
         predicted_BWM = (k_BWK[..., None] * S_BWKM).sum(-2)
-        delta_BWM = beta_BW.float()[..., None] * (v_BWM.float() - predicted_BWM)
+        delta_BWM = beta_BW[..., None] * (v_BWM - predicted_BWM)
         S_BWKM = S_BWKM + k_BWK[..., None] * delta_BWM[..., None, :]
         outs.append((q_BWK[..., None] * S_BWKM).sum(-2))
-    if segments.longest <= 1 and len(outs) == 1 and segments.total == batch:
+        if passed is not None:
+            passed.append(S_BWKM)
+    if len(outs) == 1 and segments.total == batch:
         return outs[0], S_BWKM
-    if not outs:
-        return v.float().new_zeros(v.shape), S_BWKM
     out_BTWM = torch.stack(outs, dim=1)
+    if segments.total == batch * segments.longest:
+        return out_BTWM.flatten(0, 1), S_BWKM
     return out_BTWM[segments.ids(), segments.offsets()], S_BWKM
 
 
-def _by_step(
-    tensors: tuple[Tensor, ...], table: ChunkTable, batch: int
-) -> list[tuple[Tensor, ...]]:
+def _by_step(tensors: tuple[Tensor, ...], segments: Segments) -> list[tuple[Tensor, ...]]:
     """Row t of every sequence for each t; zeros where a sequence has no token t."""
-    rows = table.index.new_full((batch, table.index.shape[1]), tensors[0].shape[0])
+    batch, longest = segments.count, segments.longest
+    if segments.total == batch * longest:
+        # All equally long: the packed tokens are a rectangle already.
+        split = [x.unflatten(0, (batch, longest)).unbind(1) for x in tensors]
+        return list(zip(*split, strict=True))
+    table = segments.chunks(longest)
+    rows = table.index.new_full((batch, longest), tensors[0].shape[0])
     rows[table.order[: table.active[0]]] = table.index
     padded = [torch.cat((x, x.new_zeros(1, *x.shape[1:]))) for x in tensors]
-    return [tuple(x[rows[:, t]] for x in padded) for t in range(rows.shape[1])]
+    return [tuple(x[rows[:, t]] for x in padded) for t in range(longest)]
 
 
 def gated_delta_chunk_torch(
@@ -223,6 +287,11 @@ IMPLS = {
         Impl(backend="torch", load=lambda: gated_delta_step_torch),
         Impl(backend="invariant", load=lambda: gated_delta_step_invariant),
         Impl(backend="reference", load=lambda: gated_delta_reference),
+    ),
+    "gated_delta_verify": (
+        Impl(backend="torch", load=lambda: gated_delta_verify_torch),
+        Impl(backend="invariant", load=lambda: gated_delta_verify_invariant),
+        Impl(backend="reference", load=lambda: gated_delta_verify_reference),
     ),
     "gated_delta_chunk": (
         Impl(backend="torch", load=lambda: gated_delta_chunk_torch),
