@@ -20,6 +20,7 @@ from torch import Tensor
 from qnext.engine import scheduler
 from qnext.engine.blocks import PagePool
 from qnext.engine.engine import Engine, Settings, choice_seed
+from qnext.engine.prefix import Snapshot
 from qnext.engine.request import FinishReason, Request
 from qnext.engine.runner import MtpWork, Work
 from qnext.engine.sampler import SampleRow, sample
@@ -351,6 +352,20 @@ class HashRunner:
         found = found[first:end]
         assert None not in found, f"position {first + found.index(None)} of {list(pages)} is poison"
         return found
+
+    def check_snapshot(self, snapshot: Snapshot, tokens: Sequence[int]) -> None:
+        """A snapshot holds what its tokens give: state, window, hidden row and entries."""
+        chain, length, slot = Chain(tokens), len(tokens), snapshot.slot
+        name = f"the snapshot at {length} ({snapshot.why})"
+        assert self.state[slot] == chain.states[-1], f"wrong state in {name}"
+        assert self.window[slot] == tuple(tokens[-WINDOW:]), f"wrong window in {name}"
+        assert self.last_hidden[slot] == chain.hidden[-1], f"wrong hidden row in {name}"
+        assert self.length[slot] == length, f"wrong length in {name}"
+        assert self._visible(self.kv, snapshot.pages, 0, length) == chain.entries, name
+        if self.track_mtp:
+            first = snapshot.mtp_first
+            assert 1 <= first <= length, name
+            assert self._visible(self.mtp, snapshot.pages, first, length) == chain.mtp[first:]
 
     # -- the MTP layer ---------------------------------------------------------------------------
 

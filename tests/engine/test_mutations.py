@@ -132,7 +132,7 @@ def pages_end_with_the_drafts_that_are_verified(patch):
 # -- state ---------------------------------------------------------------------------------------
 
 
-@mutation("_write")
+@mutation("check_snapshot: wrong state|_write")
 def a_state_is_captured_one_token_early(patch):
     work = Engine._work
 
@@ -160,7 +160,7 @@ def a_state_is_captured_among_tokens_that_may_be_dropped(patch):
     patch.setattr(Scheduler, "_captures", later)
 
 
-@mutation("judge: S7", speculative_tokens=0)
+@mutation("check_snapshot: wrong state|judge: S7", speculative_tokens=0)
 def a_slot_is_not_cleared_for_its_next_owner(patch):
     opened = HashRunner.open
 
@@ -232,7 +232,7 @@ def the_last_hidden_row_is_missing_on_resume(patch):
     patch.setattr(HashRunner, "resume", bare)
 
 
-@mutation("_check_mtp: S11")
+@mutation("check_snapshot: wrong hidden row|_check_mtp: S11")
 def the_last_hidden_row_is_that_of_another_position(patch):
     copy_slot = HashRunner.copy_slot
 

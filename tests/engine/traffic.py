@@ -197,6 +197,8 @@ class Session:
             assert name not in self.live, f"S10: {name} was cancelled and did not end"
         self._check_order(waited)
         self.check()
+        if self.looks and self.engine.steps % 10 == 0:
+            self.check_snapshots()
 
     def drain(self, limit: int = 20_000) -> None:
         """Step until every request has ended."""
@@ -299,6 +301,29 @@ class Session:
         total = runner.num_slots if isinstance(runner, HashRunner) else runner.cache.num_slots
         assert free + len(slots) == total, "S2: free slots"
         assert all(not snapshot.pinned for snapshot in prefix), "S2: a pin was left"
+
+    def check_snapshots(self) -> None:
+        """The tree of prefixes, and every snapshot in it: what it holds is what its tokens give."""
+        prefix, known = self.engine.prefix, 0
+        found, stack = 0, [(prefix.root, ())]
+        while stack:
+            node, before = stack.pop()
+            assert len(before) == node.start, node
+            tokens = (*before, *node.tokens)
+            known += len(node.tokens)
+            for length, snapshot in node.snapshots.items():
+                assert snapshot.node is node, snapshot
+                assert snapshot.length == length, snapshot
+                assert node.start < length <= node.end, snapshot
+                if isinstance(self.engine.runner, HashRunner):
+                    self.engine.runner.check_snapshot(snapshot, tokens[:length])
+                found += 1
+            for first, child in node.children.items():
+                assert child.parent is node, child
+                assert child.tokens[0] == first, child
+                stack.append((child, tokens))
+        assert found == len(prefix) == len(prefix._worth), "a snapshot cannot be found"
+        assert known == prefix._tree_tokens, (known, prefix._tree_tokens)
 
     def _check_writes(self) -> None:
         """S4: positions a sequence writes next lie in pages where nobody else sees them."""
