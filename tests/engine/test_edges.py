@@ -151,3 +151,15 @@ def test_a_parked_answer_does_not_score_its_prompt_again(tiny_model):
     events += run(engine)["x"]
     assert tokens(events) == greedy(tiny_model, LONG[:100], 20)
     assert sum(len(event.prompt_logprobs) for event in events) == 99
+
+
+def test_being_admitted_and_parked_at_once_is_no_turn(tiny_model):
+    engine = Engine(tiny_model)
+    engine.add(request("x", LONG[:20]))
+    [sequence] = engine.scheduler.waiting
+    sequence.bypassed = 5
+    engine.scheduler._admit()
+    engine.scheduler.park(sequence)
+    assert sequence.bypassed == 5
+    engine.step()
+    assert sequence.bypassed == 0

@@ -74,6 +74,7 @@ class Sequence:
     ran: int = 0
     """Tokens run since it was last admitted."""
     bypassed: int = 0
+    """How often others were admitted that came later, since it last ran."""
     parked: int = 0
     """How often it was parked."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -232,6 +233,8 @@ class Scheduler:
                 items.append(
                     Item(sequence=sequence, count=count, captures=self._captures(sequence, end))
                 )
+        for item in items:
+            item.sequence.bypassed = 0
         return items
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
@@ -321,7 +324,7 @@ class Scheduler:
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
             self.prefix.use(snapshot)
-        sequence.ran, sequence.bypassed = 0, 0
+        sequence.ran = 0
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.order)
