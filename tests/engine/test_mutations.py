@@ -8,6 +8,9 @@ from dataclasses import replace
 import pytest
 from hash_chain import HashRunner
 from hash_session import drive_seed
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_state_machine import Machine
 
 from qnext.engine import scheduler as scheduler_module
 from qnext.engine.blocks import PagePool
@@ -386,6 +389,27 @@ def test_what_is_said_shows_the_mistake_without_a_look_at_the_books(
     complaint = first_complaint({}, looks=False)
     assert complaint is not None, "nobody noticed"
     assert complaint.startswith("judge: S7"), complaint
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        a_partial_page_is_neither_shared_nor_copied,
+        pages_end_with_the_drafts_that_are_verified,
+        the_last_hidden_row_is_missing_on_resume,
+        tokens_after_a_stop_are_emitted,
+        a_parked_request_is_forgotten,
+    ],
+    ids=lambda patch: patch.__name__,
+)
+def test_hypothesis_finds_it_too(small_limits, monkeypatch, patch):
+    patch(monkeypatch)
+    quickly = settings(
+        max_examples=200, stateful_step_count=30, phases=[Phase.generate], database=None,
+        derandomize=True, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Machine, settings=quickly)
 
 
 def test_plans_that_depend_on_chance_are_noticed(small_limits, monkeypatch):
