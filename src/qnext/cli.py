@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qnext.llm import LLM
 
 EMBEDDED = "qnext-mini"
+SMALL_MODEL = 50_000_000
+"""Models with fewer active parameters run on one thread unless --threads says otherwise."""
 FAILED, INTERRUPTED = 2, 128 + signal.SIGINT
 
 
@@ -133,12 +135,13 @@ COMMANDS = {
 
 
 def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
-    if arguments.threads is not None:
-        import torch
+    import torch
 
-        torch.set_num_threads(arguments.threads)
     from qnext.llm import LLM
 
+    threads = arguments.threads or _threads_for(arguments.model)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return LLM(
         arguments.model,
         dtype=arguments.dtype,
@@ -150,6 +153,20 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
         batch_invariant=arguments.batch_invariant,
         **options,
     )
+
+
+def _threads_for(model: str) -> int | None:
+    """One thread for a small model, None (the library's choice) for others.
+
+    Products of a few thousand numbers are done before a second thread has started; waiting for it
+    costs more than it brings, and many times more on a machine that is busy with something else.
+    """
+    from qnext.config import ModelConfig
+    from qnext.cost import active_parameters
+    from qnext.weights.checkpoint import resolve_model
+
+    config = ModelConfig.from_file(resolve_model(model))
+    return 1 if active_parameters(config) < SMALL_MODEL else None
 
 
 def _sampling(
@@ -258,7 +275,10 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights in memory (default: as config.json says)",
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    group.add_argument("--threads", type=_positive, metavar="N", help="threads of the CPU")
+    group.add_argument(
+        "--threads", type=_positive, metavar="N",
+        help="threads of the CPU (default: one for a small model, else one per core)",
+    )  # fmt: skip
     group.add_argument(
         "--memory", default="1GiB", metavar="AMOUNT",
         help="room for keys, values and states, such as 512MiB (default: %(default)s)",
