@@ -215,15 +215,15 @@ def stopping(llm: qnext.LLM, shards: dict[str, data.Shard], count: int) -> dict[
     """Share of greedy answers to held-out chat prompts that end by themselves within 300 tokens,
     and of those with exactly one closed think block.
     """
-    turn = llm.tokenizer.id_of("<|im_start|>")
+    header = llm.tokenizer.encode("<|im_start|>assistant\n")
     close = llm.tokenizer.id_of("</think>")
     prompts = []
     for name in ("instructions.chat", "self_dialogue.chat", "tinystories.chat"):
         for index in range(min(count, len(shards[name]))):
             ids = shards[name].document(index)[0].tolist()
-            start = len(ids) - 1 - ids[::-1].index(turn)
-            # Up to and including the header of the last assistant turn: three tokens.
-            prompts.append(ids[: start + 3])
+            start = len(ids) - 1 - ids[::-1].index(header[0])
+            # Up to and including the header of the last assistant turn.
+            prompts.append(ids[: start + len(header)])
     params = SamplingParams(temperature=0.0, max_tokens=300)
     answers = llm.generate(prompts, params, progress=True)
     ended = sum(a.finish_reason == "stop" for a in answers)
