@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("src/qnext/models/qnext-mini"))
     parser.add_argument("--shards", type=Path, default=Path(".data/mini"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="for BLiMP")
-    parser.add_argument("--count", type=int, default=50, help="items per arithmetic cell")
+    parser.add_argument("--count", type=int, default=100, help="items per arithmetic cell")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/evaluation.json"))
     options = parser.parse_args(arguments)
     result = evaluate(options.model, options.shards, options.data, count=options.count)
