@@ -215,15 +215,15 @@ def stopping(llm: qnext.LLM, shards: dict[str, data.Shard], count: int) -> dict[
     """Share of greedy answers to held-out chat prompts that end by themselves within 300 tokens,
     and of those with exactly one closed think block.
     """
-    turn = llm.tokenizer.id_of("<|im_start|>")
+    header = llm.tokenizer.encode("<|im_start|>assistant\n")
     close = llm.tokenizer.id_of("</think>")
     prompts = []
     for name in ("instructions.chat", "self_dialogue.chat", "tinystories.chat"):
         for index in range(min(count, len(shards[name]))):
             ids = shards[name].document(index)[0].tolist()
-            start = len(ids) - 1 - ids[::-1].index(turn)
-            # Up to and including the header of the last assistant turn: three tokens.
-            prompts.append(ids[: start + 3])
+            start = len(ids) - 1 - ids[::-1].index(header[0])
+            # Up to and including the header of the last assistant turn.
+            prompts.append(ids[: start + len(header)])
     params = SamplingParams(temperature=0.0, max_tokens=300)
     answers = llm.generate(prompts, params, progress=True)
     ended = sum(a.finish_reason == "stop" for a in answers)
@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("src/qnext/models/qnext-mini"))
     parser.add_argument("--shards", type=Path, default=Path(".data/mini"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="for BLiMP")
-    parser.add_argument("--count", type=int, default=50, help="items per arithmetic cell")
+    parser.add_argument("--count", type=int, default=100, help="items per arithmetic cell")
     parser.add_argument("--out", type=Path, default=Path("runs/mini/evaluation.json"))
     options = parser.parse_args(arguments)
     result = evaluate(options.model, options.shards, options.data, count=options.count)
