@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     ours = LLM(args.model, dtype=args.dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +43,9 @@ def main() -> None:
         _training(ours, theirs, args.repetitions),
     ]
     for row in rows:
-        row["conditions"] += f"; {Path(args.model).name}, {args.dtype}"
+        row["conditions"] += (
+            f"; {Path(args.model).name}, {args.dtype}, {args.threads} thread{'s' * (args.threads > 1)}"
+        )
         print(f"{row['what']}: {row['value']}  ({row['conditions']})")
     write_result("against_transformers", "qnext against transformers, same weights", rows)
 

@@ -67,8 +67,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write docs/results/NAME.json: rows have ``what``, ``value`` (text) and ``conditions``."""
+def write_result(
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    command: str | None = None,
+    date: str | None = None,
+) -> Path:
+    """Write docs/results/NAME.json: rows have ``what``, ``value`` (text) and ``conditions``.
+
+    ``command`` and ``date`` say how and when it was measured, if not by this process and today.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
@@ -76,14 +86,16 @@ def write_result(name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> Pa
         text=True,
         check=False,
     ).stdout.strip()
-    module = Path(sys.argv[0]).resolve()
-    program = ".".join(module.relative_to(ROOT).with_suffix("").parts)
+    if command is None:
+        module = Path(sys.argv[0]).resolve()
+        program = ".".join(module.relative_to(ROOT).with_suffix("").parts)
+        command = shlex.join(["python", "-m", program, *sys.argv[1:]])
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = {
         "title": title,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "date": date or datetime.now(UTC).date().isoformat(),
+        "command": command,
         "commit": commit,
         "machine": machine(),
         "rows": list(rows),

@@ -133,6 +133,14 @@ def test_import_is_cheap(module: str, absent: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_measured_tables_are_fresh() -> None:
+    from tools.tables import DOCUMENTS, refreshed
+
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        assert refreshed(text) == text, f"{document.name} is stale; run `make tables`"
+
+
 def test_public_names_exist() -> None:
     import qnext
 

@@ -11,6 +11,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.harness import write_result
 from recipes.mini import sources
 from recipes.mini.export import read_state
 from recipes.mini.train import ALLOCATOR
@@ -269,6 +270,35 @@ def write(model_dir: Path, run: Path, shards: Path) -> None:
     (model_dir / "README.md").write_text(card(model_dir, run, shards), encoding="utf-8")
 
 
+def record(found: dict, config: ModelConfig) -> None:
+    """docs/results/qnext_mini.json: the head of the evaluation, for the table of the README."""
+    head, sums = found["mtp"]["trained"], found["arithmetic"]["addition, 2 digits"]
+    rows = [
+        ("Parameters", f"{cost.parameters(config).total + cost.parameters(config).mtp:,}",
+         "MTP head included"),
+        ("Bits per byte, held-out TinyStories", found["heldout"]["tinystories"]["bits_per_byte"],
+         "never trained on"),
+        ("Bits per byte, held-out children's classics",
+         found["heldout"]["children_classics"]["bits_per_byte"], "never trained on"),
+        ("MTP head right about the token after next", f"{head['right']:.1%}",
+         f"held-out stories; untrained head {found['mtp']['untrained head']['right']:.1%}"),
+        ("MTP head agrees with the main head", f"{head['same_as_main_head']:.1%}",
+         "held-out stories, teacher-forced"),
+        ("BLiMP", f"{found['blimp']['accuracy']:.1%}",
+         f"{found['blimp']['pairs']:,} pairs, sum of log-probabilities, ties wrong"),
+        ("Answers that stop by themselves", f"{found['stopping']['stopped']:.1%}",
+         f"{found['stopping']['prompts']} held-out prompts"),
+        ("Sums of two digits, thinking", f"{sums['thinking']:.0%}", "operands never trained on"),
+    ]  # fmt: skip
+    write_result(
+        "qnext_mini",
+        "qnext-mini, the embedded model",
+        [{"what": what, "value": str(value), "conditions": how} for what, value, how in rows],
+        command="python -m recipes.mini.evaluate",
+        date=found["date"],
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.mini.card", description=__doc__)
@@ -277,6 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=Path, default=Path(".data/mini"))
     options = parser.parse_args(arguments)
     write(options.model, options.run, options.shards)
+    found = json.loads((options.run / "evaluation.json").read_text(encoding="utf-8"))
+    record(found, ModelConfig.from_file(options.model))
     print(options.model / "README.md")
 
 
