@@ -43,9 +43,8 @@ def main() -> None:
         _training(ours, theirs, args.repetitions),
     ]
     for row in rows:
-        row["conditions"] += (
-            f"; {Path(args.model).name}, {args.dtype}, {args.threads} thread{'s' * (args.threads > 1)}"
-        )
+        threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
+        row["conditions"] += f"; {Path(args.model).name}, {args.dtype}, {threads}"
         print(f"{row['what']}: {row['value']}  ({row['conditions']})")
     write_result("against_transformers", "qnext against transformers, same weights", rows)
 
