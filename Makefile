@@ -34,7 +34,11 @@ fix: $(VENV)/.dev
 # Trains the embedded model again, from the corpora in DATA (see recipes/mini).
 DATA ?= ../shared/data
 mini: $(VENV)/.dev
-	$(BIN)/python -m recipes.mini.train --data $(DATA)
+	$(BIN)/python -m recipes.mini.data --data $(DATA)
+	$(BIN)/python -m recipes.mini.train --minutes 68 --workers 2
+	$(BIN)/python -m recipes.mini.export
+	$(BIN)/python -m recipes.mini.evaluate --data $(DATA)
+	$(BIN)/python -m recipes.mini.card
 
 # Writes the tables of README.md from docs/results; `make measure` measures them again first.
 tables: $(VENV)/.dev

@@ -236,3 +236,43 @@ def test_the_next_turn_starts_where_this_one_will_not_change(folder, thinking):
     assert llm.chat(other, params, enable_thinking=thinking).usage.cached_tokens == hints["system"]
     cold = LLM(folder, prefix_cache=False)
     assert cold.chat(later, params, enable_thinking=thinking).text == second.text
+
+
+def test_a_stream_that_is_dropped_unread_leaves_nothing(llm):
+    stream = llm.stream("The fox", replace(GREEDY, max_tokens=200, ignore_eos=True))
+    stream.close()
+    llm.stream("river", replace(GREEDY, max_tokens=200, ignore_eos=True))
+    llm.generate("A", GREEDY)
+    assert not llm.engine.has_work
+    assert not llm._inbox
+
+
+def test_a_refused_prompt_takes_the_others_of_its_call_along(llm):
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        llm.generate(["The fox", "", "river"], GREEDY)
+    llm.generate("A", GREEDY)
+    assert not llm.engine.has_work
+    assert not llm._inbox
+
+
+@pytest.mark.parametrize("amount", ["inf", "1e400GiB", "-5MiB", "1_0MiB", "nan"])
+def test_amounts_that_are_no_amounts_are_refused(amount):
+    with pytest.raises(RequestError, match="expected an amount such as 2GiB"):
+        parse_bytes(amount)
+
+
+def test_a_seed_is_a_whole_number():
+    with pytest.raises(RequestError, match=r"seed: expected a whole number, found 1\.5"):
+        SamplingParams(seed=1.5)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    import re
+    from pathlib import Path
+
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+    assert (tmp_path / "folder" / "model.safetensors").is_file()

@@ -276,7 +276,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     group.add_argument(
-        "--threads", type=_positive, metavar="N",
+        "--threads", type=_threads, metavar="N",
         help="threads of the CPU (default: one for a small model, else one per core)",
     )  # fmt: skip
     group.add_argument(
@@ -289,7 +289,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--speculative", type=_drafts, default=0, metavar="K",
-        help="tokens the MTP head drafts per step, 0 to 4 or auto; changes speed only "
+        help="tokens the MTP head drafts per step, 0 to 4 or auto; the tokens stay the same "
+        "up to rounding "
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -323,6 +324,15 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) ->
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    most = 4 * (os.cpu_count() or 1)
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 to {most}, four per core, found {text!r}"
+        )
     return int(text)
 
 

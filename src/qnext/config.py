@@ -131,7 +131,10 @@ class ModelConfig:
             raise ConfigError(f"{file} is not valid JSON: {error}.") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(raw).__name__}.")
-        return cls.from_dict(cast("dict[str, Any]", raw))
+        try:
+            return cls.from_dict(cast("dict[str, Any]", raw))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":

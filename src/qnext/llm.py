@@ -6,9 +6,11 @@ events of one request to pieces of text that never have to be taken back.
 
 import itertools
 import json
+import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,10 @@ class LLM:
 
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
-    the MTP head drafts per step (0 for none, "auto" to decide by measurement); it changes speed
-    only. ``prefix_cache`` lets prompts start where earlier ones were. ``batch_invariant`` makes
-    tokens and log-probabilities bit-identical whatever else runs, in float32. Not thread-safe: use
-    it from one thread.
+    the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
+    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were.
+    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
+    float32. Not thread-safe: use it from one thread.
     """
 
     def __init__(
@@ -342,26 +344,30 @@ class LLM:
         ]
         if progress is None:
             progress = len(prepared) > 1 and sys.stderr.isatty()
-        names = [[self._submit(*pair) for pair in pairs] for pairs in prepared]
-        bar = tqdm(names, desc="generate", unit="prompt", disable=not progress)
-        return [self._gather(choices) for choices in bar]
+        with self._submitted([pair for pairs in prepared for pair in pairs]) as names:
+            left = iter(names)
+            groups = [[next(left) for _ in pairs] for pairs in prepared]
+            bar = tqdm(groups, desc="generate", unit="prompt", disable=not progress)
+            return [self._gather(choices) for choices in bar]
 
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         params = SamplingParams(temperature=0.0, prompt_logprobs=0)
-        names = []
+        pairs = []
         for prompt in several:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             request = self._request(ids, params, score_only=True)
             reader = TextReader(
                 self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
             )
-            names.append((tuple(ids), self._submit(request, reader)))
+            pairs.append((request, reader))
         scores = []
-        for ids, name in names:
-            found = _complete(self._follow(name)).prompt_logprobs
-            scores.append(Score(token_ids=ids, logprobs=tuple(one.logprob for one in found)))
+        with self._submitted(pairs) as names:
+            for (request, _), name in zip(pairs, names, strict=True):
+                found = _complete(self._follow(name)).prompt_logprobs
+                logprobs = tuple(one.logprob for one in found)
+                scores.append(Score(token_ids=request.prompt_ids, logprobs=logprobs))
         return scores
 
     def chat(
@@ -374,13 +380,14 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        names = []
-        for choice in range(params.n):
-            pair = self.prepare_chat(
+        pairs = [
+            self.prepare_chat(
                 messages, params, enable_thinking=enable_thinking, tools=tools, choice=choice
             )
-            names.append(self._submit(*pair))
-        return self._gather(names, thinks=True)
+            for choice in range(params.n)
+        ]
+        with self._submitted(pairs) as names:
+            return self._gather(names, thinks=True)
 
     def stream(
         self,
@@ -388,10 +395,10 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         enable_thinking: bool | None = None,
-    ) -> Iterator[Delta]:
+    ) -> "Stream":
         """Like ``generate`` (for a string) or ``chat`` (for messages), piece by piece.
 
-        Closing the iterator cancels the request. One answer only: ``n`` must be 1.
+        Closing the stream, or dropping it, cancels the request. One answer only: ``n`` must be 1.
         """
         params = params or self.default_params(max_tokens=None)
         if params.n != 1:
@@ -400,7 +407,7 @@ class LLM:
             pair = self.prepare_text(prompt, params)
         else:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
-        return self._follow(self._submit(*pair))
+        return Stream(self, self._submit(*pair))
 
     def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
         """The answers to one prompt: the first, with the others attached."""
@@ -424,7 +431,7 @@ class LLM:
         self._inbox[request.id], self._readers[request.id] = deque(), reader
         return request.id
 
-    def _follow(self, name: str) -> Iterator[Delta]:
+    def _follow(self, name: str) -> Generator[Delta]:
         """Deltas of one request; the engine is stepped whenever none is waiting."""
         inbox = self._inbox[name]
         try:
@@ -436,8 +443,25 @@ class LLM:
                 if delta.finish_reason is not None:
                     return
         finally:
+            self._forget(name)
+
+    @contextmanager
+    def _submitted(self, pairs: Sequence[tuple[Request, TextReader]]) -> Iterator[list[str]]:
+        """Submit several requests; whatever is unfinished at the end is cancelled."""
+        names: list[str] = []
+        try:
+            for pair in pairs:
+                names.append(self._submit(*pair))
+            yield names
+        finally:
+            for name in names:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Cancel a request nobody waits for any more."""
+        if self._inbox.pop(name, None) is not None:
+            del self._readers[name]
             self.engine.cancel(name)
-            del self._inbox[name], self._readers[name]
 
     def _pump(self) -> None:
         for event in self.engine.step():
@@ -458,6 +482,25 @@ class LLM:
         if self.tokenizer.eos_id is not None:
             ids.add(self.tokenizer.eos_id)
         return tuple(sorted(ids))
+
+
+class Stream(Iterator[Delta]):
+    """The deltas of one answer, as they come. ``close`` cancels what is left of it."""
+
+    def __init__(self, llm: LLM, name: str) -> None:
+        self._llm, self._name = llm, name
+        self._deltas = llm._follow(name)
+
+    def __next__(self) -> Delta:
+        return next(self._deltas)
+
+    def close(self) -> None:
+        """Cancel the request, if it still runs."""
+        self._deltas.close()
+        self._llm._forget(self._name)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
@@ -500,6 +543,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}iB"] = 1024**_power
@@ -508,14 +552,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 def parse_bytes(amount: str | int) -> int:
     """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
-    if isinstance(amount, int):
-        return amount
-    text = amount.strip()
-    digits = text.rstrip("KMGTiB ")
-    unit = text[len(digits) :].strip()
-    try:
-        return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise RequestError(
-            f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}."
-        ) from None
+    found = _AMOUNT.fullmatch(str(amount).strip())
+    if found is None or found[2] not in _UNITS:
+        raise RequestError(f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}.")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -69,6 +69,8 @@ class SamplingParams:
         self._check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         self._check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         self._check("top_k", self.top_k, -1, None)
+        if self.seed is not None and type(self.seed) is not int:
+            raise RequestError(f"seed: expected a whole number, found {self.seed!r}.")
         self._check("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None:
             self._check("max_tokens", self.max_tokens, 1, None)

@@ -41,8 +41,8 @@ def resolve_model(name_or_path: str | os.PathLike[str]) -> Path:
             raise _pickle_refused(path.parent, [path.name])
         raise CheckpointError(f"{given} is a file, not a model folder. {expected}.")
     raise CheckpointError(
-        f"no model {given!r}: there is no such folder. {expected}. Published models are not "
-        "downloaded by qnext; fetch the folder first and give its path."
+        f"no model {given!r}: there is no such file or folder. {expected}. Published models are "
+        "not downloaded by qnext; fetch the folder first and give its path."
     )
 
 
