@@ -406,7 +406,7 @@ class TestNames:
             assert (folder / "config.json").is_file()
 
     def test_unknown_names_are_refused(self, tmp_path):
-        with pytest.raises(CheckpointError, match="no model 'Qwen/nothing': there is no such file or fold"):
+        with pytest.raises(CheckpointError, match="no model 'Qwen/nothing': there is no such file"):
             resolve_model("Qwen/nothing")
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(CheckpointError, match="is a file, not a model folder"):

@@ -10,6 +10,7 @@ import uvicorn
 from qnext.errors import RequestError
 from qnext.llm import LLM
 from qnext.serve.app import create_app
+from qnext.serve.worker import Worker
 
 BACKLOG = 128
 SHUTDOWN_S = 5
@@ -44,17 +45,30 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Server(uvicorn.Server):
+    """Ends the engine before it waits for connections, so that every client is told why."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.ask_to_stop()
+        await super().shutdown(sockets)
+
+
 def serve(llm: LLM, listener: socket.socket) -> int:
     """Serve until interrupted; returns the exit status."""
     # The ready-made logging of uvicorn prints a line per request; warnings and errors are enough.
+    app = create_app(llm)
     config = uvicorn.Config(
-        create_app(llm),
+        app,
         log_config=None,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, app.state.worker)
     print(banner(llm, listener), flush=True)
     server.run(sockets=[listener])
     return 0 if server.started else 1

@@ -84,8 +84,12 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after its current step; unfinished jobs get EngineStopped."""
-        self._inbox.put(("stop", None))
+        self.ask_to_stop()
         self._thread.join()
+
+    def ask_to_stop(self) -> None:
+        """Like ``stop``, but does not wait for the thread."""
+        self._inbox.put(("stop", None))
 
     async def submit(self, request: Request, reader: TextReader) -> Job:
         """Hand a request to the engine; returns when it is accepted.
@@ -155,7 +159,7 @@ class Worker:
                 continue  # cancelled while it ran
             delta = job.reader.push(event)
             if job.reader.stopped:
-                self._llm.engine.cancel(event.request_id)
+                self._llm.engine.cancel(event.request_id, "stop")
             if delta is None:
                 continue
             results.append((job, delta))
