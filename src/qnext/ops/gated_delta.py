@@ -6,6 +6,9 @@ moved towards the true value by the share beta, then the query reads S. Everythi
 state in half precision drifts within a few hundred tokens.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,31 +68,48 @@ def gated_delta_step_torch(
     beta: Tensor,
     state: Tensor | None,
     segments: Segments,
+    elementwise: Elementwise = elementwise_torch,
+    passed: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token like the reference, but all sequences and heads in one product per token.
 
     Sequences that are already finished are carried along with beta = 0 and g = 0, which neither
-    decays nor writes.
+    decays nor writes. The state after each token is appended to ``passed``.
     """
-    return _steps(elementwise_torch, q, k, v, g, beta, state, segments)
+    batch, group = segments.count, v.shape[1] // k.shape[1]
+    if state is None:
+        S_BWKM = q.new_zeros(batch, v.shape[1], k.shape[2], v.shape[2], dtype=torch.float32)
+    else:
+        S_BWKM = state.float()
+    if not segments.total:
+        return v.float().new_zeros(v.shape), S_BWKM
+    q_PWK = q.float().repeat_interleave(group, dim=1)
+    k_PWK = k.float().repeat_interleave(group, dim=1)
+    inputs = _by_step((q_PWK, k_PWK, v.float(), g.float(), beta.float()), segments)
+    outs = []
+    for q_BWK, k_BWK, v_BWM, g_BW, beta_BW in inputs:
+        decay_BW = elementwise(function=torch.exp, x=g_BW)
+        S_BWKM = S_BWKM * decay_BW[..., None, None]
+        predicted_BWM = (k_BWK[..., None] * S_BWKM).sum(-2)
+        delta_BWM = beta_BW[..., None] * (v_BWM - predicted_BWM)
+        S_BWKM = S_BWKM + k_BWK[..., None] * delta_BWM[..., None, :]
+        outs.append((q_BWK[..., None] * S_BWKM).sum(-2))
+        if passed is not None:
+            passed.append(S_BWKM)
+    if len(outs) == 1 and segments.total == batch:
+        return outs[0], S_BWKM
+    out_BTWM = torch.stack(outs, dim=1)
+    if segments.total == batch * segments.longest:
+        return out_BTWM.flatten(0, 1), S_BWKM
+    return out_BTWM[segments.ids(), segments.offsets()], S_BWKM
 
 
-def gated_delta_step_invariant(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    segments: Segments,
-) -> tuple[Tensor, Tensor]:
-    """The step form with an exponential that does not depend on the number of rows.
+gated_delta_step_invariant = partial(gated_delta_step_torch, elementwise=elementwise_invariant)
+"""The step form with an exponential that does not depend on the number of rows.
 
-    It also serves long pieces in place of the chunk form: token by token, a token's result cannot
-    depend on where a chunk began.
-    """
-    return _steps(elementwise_invariant, q, k, v, g, beta, state, segments)
+It also serves long pieces in place of the chunk form: token by token, a token's result cannot
+depend on where a chunk began.
+"""
 
 
 def gated_delta_verify_reference(
@@ -119,75 +139,16 @@ def gated_delta_verify_reference(
 
 
 def gated_delta_verify_torch(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    segments: Segments,
+    *, elementwise: Elementwise = elementwise_torch, **inputs: Any
 ) -> tuple[Tensor, Tensor]:
     """The step form, which passes through every one of those states anyway."""
     states: list[Tensor] = []
-    out, _ = _steps(elementwise_torch, q, k, v, g, beta, state, segments, states)
+    out, _ = gated_delta_step_torch(**inputs, elementwise=elementwise, passed=states)
     return out, torch.stack(states)
 
 
-def gated_delta_verify_invariant(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    segments: Segments,
-) -> tuple[Tensor, Tensor]:
-    """The invariant step form and the states it passes through."""
-    states: list[Tensor] = []
-    out, _ = _steps(elementwise_invariant, q, k, v, g, beta, state, segments, states)
-    return out, torch.stack(states)
-
-
-def _steps(
-    elementwise: Elementwise,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    segments: Segments,
-    passed: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Walk token by token; the state after each is appended to ``passed``."""
-    batch, group = segments.count, v.shape[1] // k.shape[1]
-    if state is None:
-        S_BWKM = q.new_zeros(batch, v.shape[1], k.shape[2], v.shape[2], dtype=torch.float32)
-    else:
-        S_BWKM = state.float()
-    if not segments.total:
-        return v.float().new_zeros(v.shape), S_BWKM
-    q_PWK = q.float().repeat_interleave(group, dim=1)
-    k_PWK = k.float().repeat_interleave(group, dim=1)
-    inputs = _by_step((q_PWK, k_PWK, v.float(), g.float(), beta.float()), segments)
-    outs = []
-    for q_BWK, k_BWK, v_BWM, g_BW, beta_BW in inputs:
-        decay_BW = elementwise(function=torch.exp, x=g_BW)
-        S_BWKM = S_BWKM * decay_BW[..., None, None]
-        predicted_BWM = (k_BWK[..., None] * S_BWKM).sum(-2)
-        delta_BWM = beta_BW[..., None] * (v_BWM - predicted_BWM)
-        S_BWKM = S_BWKM + k_BWK[..., None] * delta_BWM[..., None, :]
-        outs.append((q_BWK[..., None] * S_BWKM).sum(-2))
-        if passed is not None:
-            passed.append(S_BWKM)
-    if len(outs) == 1 and segments.total == batch:
-        return outs[0], S_BWKM
-    out_BTWM = torch.stack(outs, dim=1)
-    if segments.total == batch * segments.longest:
-        return out_BTWM.flatten(0, 1), S_BWKM
-    return out_BTWM[segments.ids(), segments.offsets()], S_BWKM
+gated_delta_verify_invariant = partial(gated_delta_verify_torch, elementwise=elementwise_invariant)
+"""The invariant step form and the states it passes through."""
 
 
 def _by_step(tensors: tuple[Tensor, ...], segments: Segments) -> list[tuple[Tensor, ...]]:
