@@ -80,7 +80,8 @@ def choose(
         scores = scores.clone()
         for r in adjusted:
             _adjust(scores[r], rows[r])
-    chosen, rivals = [0] * len(rows), [()] * len(rows)
+    chosen = [0] * len(rows)
+    rivals: list[Rivals] = [()] * len(rows)
     greedy = [r for r, row in enumerate(rows) if row.params.temperature == 0.0]
     if greedy:
         part = scores if len(greedy) == len(rows) else scores[greedy]
@@ -102,7 +103,8 @@ def _largest(scores: Tensor, tie_bound: float | None) -> tuple[list[int], list[R
     """The lowest of the ids with the largest score [R, V], and what comes close to it."""
     # Finding the two largest costs less than finding the first of the largest.
     values, ids = scores.topk(min(2, scores.shape[1]), dim=-1)
-    chosen, rivals = ids[:, 0].tolist(), [()] * len(scores)
+    chosen = ids[:, 0].tolist()
+    rivals: list[Rivals] = [()] * len(chosen)
     if scores.shape[1] == 1:
         return chosen, rivals
     margins = values[:, 0] - values[:, 1]
