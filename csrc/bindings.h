@@ -23,5 +23,7 @@ ThreadPool& pool();
 
 // One function per family of kernels registers what Python may call.
 void bind_norm(nb::module_& m);
+void bind_moe(nb::module_& m);
+void bind_decoder(nb::module_& m);
 
 }  // namespace qnext

@@ -1,0 +1,350 @@
+"""NativeModel: the same weights, run by the native kernels in one call per step.
+
+Built from a PyTorch model (its tensors are used in place) or from packed weights. It has no
+gradients and no taps; a model that needs those is a CausalLM. What is computed is the same: norms,
+projections, mixers and experts in the order of ``model.py``, activations in float32.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qnext import native
+from qnext.config import ModelConfig
+from qnext.errors import BackendError
+from qnext.model.cache import PAGE_SIZE, HybridCache, Saved
+from qnext.model.layers import rope_settings
+from qnext.model.model import CausalLM
+
+FORMATS = {"f32": 0, "bf16": 1, "q8": 2, "q4": 3}
+_TORCH = {torch.float32: "f32", torch.bfloat16: "bf16"}
+MOST_PENDING = 8
+"""Tokens a speculative step may leave undecided: the newest one and its drafts."""
+
+
+class Packed(Protocol):
+    """A weight in one of the packed formats, as ``qnext.weights.formats`` makes it."""
+
+    format: str
+    rows: int
+    cols: int
+    data: Tensor
+    """uint8, on a 64-byte line."""
+
+
+class PackedExperts(Protocol):
+    """All experts of one projection: ``count`` matrices, ``stride`` bytes from one to the next."""
+
+    format: str
+    count: int
+    rows: int
+    cols: int
+    data: Tensor
+    stride: int
+
+
+Weight = Tensor | Packed | PackedExperts
+
+
+def unfit(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
+    """Why the native kernels cannot run this model here, in one sentence, or None."""
+    reason = native.unfit()
+    if reason is not None:
+        return reason
+    if torch.device(device).type != "cpu":
+        return f"the native kernels run on the CPU, not on {device}."
+    if dtype not in _TORCH:
+        return f"the native kernels hold keys and values in float32 or bfloat16, not in {dtype}."
+    if config.attention_bias:
+        return "the native kernels have no biases in attention (attention_bias is set)."
+    if config.hidden_act != "silu":
+        return f"the native kernels know hidden_act 'silu', not {config.hidden_act!r}."
+    return None
+
+
+class NativeModel:
+    """A decoder with weights in any of the native formats.
+
+    ``weights`` maps the checkpoint's tensor names to tensors or packed weights, experts stacked
+    under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``. ``dtype`` is that of keys,
+    values and convolution windows. Raises BackendError when ``unfit`` has a reason.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        *,
+        dtype: torch.dtype,
+        invariant: bool = False,
+    ) -> None:
+        reason = unfit(config, dtype)
+        if reason is not None:
+            raise BackendError(reason)
+        self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
+        self.invariant = invariant
+        self.has_mtp = "mtp.fc.weight" in weights
+        self._native = native.load()
+        self._weights = weights
+        self._alive: list[object] = []
+        self.decoder = self._build()
+
+    @classmethod
+    def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
+        """The native twin of a model; both read the same tensors."""
+        weights: dict[str, Weight] = dict(model.state_dict())
+        return cls(model.config, weights, dtype=model.dtype, invariant=invariant)
+
+    # -- building --------------------------------------------------------------------------------
+
+    def _build(self) -> object:
+        config, n = self.config, self._native
+        shape = n.Shape()
+        shape.hidden, shape.vocabulary = config.hidden_size, config.vocab_size
+        shape.query_heads, shape.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        shape.head_dim, shape.rotary = config.head_dim, config.rotary_dim
+        shape.gated_attention = config.is_hybrid
+        shape.key_heads = config.linear_num_key_heads
+        shape.value_heads = config.linear_num_value_heads
+        shape.key_dim, shape.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        shape.taps = config.linear_conv_kernel_dim
+        shape.experts_per_token = config.num_experts_per_tok if config.num_experts else 0
+        shape.rescale_top_k, shape.eps = config.norm_topk_prob, config.rms_norm_eps
+        frequencies, multiplier = rope_settings(config)
+        shape.rope_multiplier = multiplier
+        decoder = n.Decoder(shape)
+        decoder.frequencies = frequencies.float().tolist()
+        decoder.embedding = self._matrix("model.embed_tokens.weight")
+        tied = config.tie_word_embeddings
+        decoder.head = self._matrix("model.embed_tokens.weight" if tied else "lm_head.weight")
+        self._floats(decoder, "final_norm", "model.norm.weight", norm=True)
+        pages = states = 0
+        for i, kind in enumerate(config.layer_types):
+            layer = self._layer(f"model.layers.{i}.", kind, sparse=config.is_sparse(i))
+            if kind == "full_attention":
+                layer.pages_layer, pages = pages, pages + 1
+            else:
+                layer.state_layer, states = states, states + 1
+            decoder.add_layer(layer)
+        if self.has_mtp:
+            decoder.mtp_fc = self._matrix("mtp.fc.weight")
+            self._floats(decoder, "mtp_norm", "mtp.norm.weight", norm=True)
+            for name in ("embedding", "hidden"):
+                where = f"mtp.pre_fc_norm_{name}.weight"
+                self._floats(decoder, f"mtp_{name}_norm", where, norm=True)
+            layer = self._layer("mtp.layers.0.", "full_attention", sparse=config.num_experts > 0)
+            layer.pages_layer = pages
+            decoder.mtp_layer = layer
+        return decoder
+
+    def _layer(self, prefix: str, kind: str, *, sparse: bool) -> object:
+        layer = self._native.Layer()
+        self._floats(layer, "input_norm", prefix + "input_layernorm.weight", norm=True)
+        self._floats(layer, "post_norm", prefix + "post_attention_layernorm.weight", norm=True)
+        if kind == "full_attention":
+            layer.is_attention = True
+            for name in "qkvo":
+                setattr(layer, name, self._matrix(f"{prefix}self_attn.{name}_proj.weight"))
+            for name in ("q_norm", "k_norm"):
+                self._floats(layer, name, f"{prefix}self_attn.{name}.weight", norm=True)
+        else:
+            mixer = prefix + "linear_attn."
+            layer.qkvz = self._matrix(mixer + "in_proj_qkvz.weight")
+            layer.ba = self._matrix(mixer + "in_proj_ba.weight")
+            layer.out = self._matrix(mixer + "out_proj.weight")
+            self._conv(layer, mixer + "conv1d.weight")
+            self._floats(layer, "a_log", mixer + "A_log")
+            self._floats(layer, "dt_bias", mixer + "dt_bias")
+            self._floats(layer, "gated_norm", mixer + "norm.weight")
+        mlp = prefix + "mlp."
+        if not sparse:
+            layer.shared = self._feed_forward(mlp, self.config.intermediate_size)
+            return layer
+        layer.router = self._matrix(mlp + "gate.weight")
+        for expert in self._experts(mlp + "experts."):
+            layer.add_expert(expert)
+        if self.config.shared_expert_intermediate_size:
+            width = self.config.shared_expert_intermediate_size
+            layer.shared = self._feed_forward(mlp + "shared_expert.", width)
+            layer.shared_gate = self._matrix(mlp + "shared_expert_gate.weight")
+        return layer
+
+    def _feed_forward(self, prefix: str, width: int) -> object:
+        ff = self._native.FeedForward()
+        ff.width = width
+        ff.gate = self._matrix(prefix + "gate_proj.weight")
+        ff.up = self._matrix(prefix + "up_proj.weight")
+        ff.down = self._matrix(prefix + "down_proj.weight")
+        return ff
+
+    def _experts(self, prefix: str) -> list[object]:
+        width, found = self.config.moe_intermediate_size, []
+        gate_up = self._weights[prefix + "gate_up_proj"]
+        down = self._weights[prefix + "down_proj"]
+        for e in range(self.config.num_experts):
+            ff = self._native.FeedForward()
+            ff.width = width
+            ff.gate_up = self._expert(gate_up, e)
+            ff.down = self._expert(down, e)
+            found.append(ff)
+        return found
+
+    def _expert(self, weight: Weight, e: int) -> object:
+        if isinstance(weight, Tensor):
+            return self._of_tensor(weight[e])
+        assert hasattr(weight, "stride"), weight
+        data = weight.data.flatten()[e * weight.stride : (e + 1) * weight.stride]
+        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
+
+    def _matrix(self, name: str) -> object:
+        weight = self._weights[name]
+        if isinstance(weight, Tensor):
+            return self._of_tensor(weight)
+        assert not hasattr(weight, "stride"), name
+        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, weight.data)
+
+    def _of_tensor(self, weight: Tensor) -> object:
+        weight = weight.detach()
+        if weight.dtype not in _TORCH:
+            weight = weight.float()
+        weight = weight.contiguous()
+        data = weight.view(torch.uint8)
+        self._alive.append(data)
+        rows, cols = weight.shape
+        return self._native.Matrix(FORMATS[_TORCH[weight.dtype]], rows, cols, data.flatten())
+
+    def _conv(self, layer: object, where: str) -> None:
+        weight = self._weights[where]
+        assert isinstance(weight, Tensor), where
+        taps_first = weight.detach().float().squeeze(1).t().contiguous()
+        self._alive.append(taps_first)
+        layer.set_floats("conv", taps_first.flatten())  # type: ignore[attr-defined]
+
+    def _floats(self, owner: object, name: str, where: str, *, norm: bool = False) -> None:
+        weight = self._weights[where]
+        assert isinstance(weight, Tensor), where
+        values = weight.detach().float()
+        if norm and self.config.is_hybrid:
+            values = 1.0 + values
+        values = values.flatten().contiguous()
+        self._alive.append(values)
+        owner.set_floats(name, values)  # type: ignore[attr-defined]
+
+
+class Piece(NamedTuple):
+    """New tokens of one sequence in a step."""
+
+    slot: int
+    tokens: int
+    before: int
+    """Position of the first one."""
+    speculative: bool
+
+
+class DeferredCache(HybridCache):
+    """A HybridCache whose rejected tokens cost nothing: accepted ones are applied one step later.
+
+    A speculative step leaves the state as it was and notes what each token would have done to it.
+    ``keep`` counts the accepted ones; the next step applies them while it reads the state anyway,
+    with the arithmetic stepping would have used. Whoever copies a state applies them first.
+
+    pending [delta layers, slots, most, U K + W M + W] float32: normalised key, correction and decay;
+    pending_window [delta layers, slots, most, ch] in the cache's dtype: the convolution's inputs.
+    """
+
+    def __init__(self, model: NativeModel, *, num_slots: int, num_pages: int) -> None:
+        config = model.config
+        super().__init__(config, num_slots=num_slots, num_pages=num_pages, dtype=model.dtype)
+        self.model = model
+        layers = len(config.delta_layers)
+        size = (layers, num_slots, MOST_PENDING)
+        per_token = config.delta_key_dim + config.delta_value_dim + config.linear_num_value_heads
+        self.pending = torch.zeros(*size, per_token)
+        self.pending_window = torch.zeros(*size, config.conv_channels, dtype=model.dtype)
+        self.kept = [0] * num_slots
+        """By slot: pending tokens that were accepted and are not in the state yet."""
+        self._open_pieces: tuple[Piece, ...] | None = None
+        self._hidden: Tensor | None = None
+        model.decoder.set_cache(  # type: ignore[attr-defined]
+            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
+            model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8), num_slots,
+            MOST_PENDING, self.pending, self.pending_window.view(torch.uint8),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        pending = (self.pending, self.pending_window)
+        return super().nbytes + sum(x.numel() * x.element_size() for x in pending)
+
+    def open(self) -> int:
+        slot = super().open()
+        self.kept[slot] = 0
+        return slot
+
+    def settle(self, slot: int) -> None:
+        """Apply the accepted tokens of a slot to its state now."""
+        if self.kept[slot]:
+            self.model.decoder.settle(slot, self.kept[slot])  # type: ignore[attr-defined]
+            self.kept[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        self.settle(source)
+        super().copy_slot(source, target)
+        self.kept[target] = 0
+
+    def save(self, slot: int) -> Saved:
+        self.settle(slot)
+        return super().save(slot)
+
+    def load(self, slot: int, saved: Saved) -> None:
+        super().load(slot, saved)
+        self.kept[slot] = 0
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def begin(self, pieces: Sequence[Piece]) -> None:
+        """Note what the coming step of the decoder runs; ``keep`` ends it."""
+        assert self._open_pieces is None, "keep() of the previous step has not been called"
+        for piece in pieces:
+            assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
+            assert not piece.speculative or piece.tokens <= MOST_PENDING, piece
+        self._open_pieces = tuple(pieces)
+
+    def remember(self, hidden: Tensor, captures: Sequence[tuple[int, int, int]]) -> None:
+        """Note the hidden rows [P, D] of the step; the decoder has filled the captured slots.
+
+        ``captures`` are (sequence, count, slot).
+        """
+        assert self._open_pieces is not None
+        self._hidden = hidden
+        starts = [0, *accumulate(piece.tokens for piece in self._open_pieces)]
+        for piece in self._open_pieces:
+            self.kept[piece.slot] = 0
+        for sequence, count, slot in captures:
+            self.last_hidden[slot] = hidden[starts[sequence] + count - 1]
+            self._lengths[slot] = self._open_pieces[sequence].before + count
+            self.kept[slot] = 0
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        pieces, self._open_pieces = self._open_pieces, None
+        assert pieces is not None, "keep() without a step"
+        assert self._hidden is not None
+        kept = tuple(piece.tokens for piece in pieces) if counts is None else tuple(counts)
+        row, rows, slots = 0, [], []
+        for piece, count in zip(pieces, kept, strict=True):
+            assert 0 <= count <= piece.tokens, (count, piece)
+            assert piece.speculative or count == piece.tokens, (
+                "tokens can only be dropped from a speculative sequence"
+            )
+            if piece.speculative:
+                self.kept[piece.slot] = count
+            self._lengths[piece.slot] = piece.before + count
+            if count:
+                rows.append(row + count - 1)
+                slots.append(piece.slot)
+            row += piece.tokens
+        self.last_hidden[slots] = self._hidden[rows].to(self.last_hidden.dtype)
+        self._hidden = None
