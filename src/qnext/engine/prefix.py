@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 
 from qnext.engine.blocks import PagePool
 
-PRIORS = {"system": 1.0, "stable": 0.8, "parked": 0.9, "branch": 0.6, "end": 0.4, "interval": 0.2}
+PRIORS = {
+    "system": 1.0,
+    "stable": 0.8,
+    "parked": 0.9,
+    "loop": 0.5,
+    "branch": 0.6,
+    "end": 0.4,
+    "interval": 0.2,
+}
 """How likely a fresh snapshot is thought to be used, by the reason it was taken."""
 HALF_LIFE_S = 1800.0
 """A use half an hour ago counts half."""
@@ -131,8 +139,20 @@ class PrefixCache:
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
+        return self.at(ids) is not None
+
+    def at(self, ids: Sequence[int]) -> Snapshot | None:
+        """The snapshot at exactly these tokens."""
         node = self._walk(ids)
-        return node is not None and len(ids) in node.snapshots
+        return None if node is None else node.snapshots.get(len(ids))
+
+    def continues(self, ids: Sequence[int]) -> bool:
+        """Whether a snapshot lies further on, so that a prompt has run through these tokens."""
+        node = self._walk(ids)
+        if node is None:
+            return False
+        below = [node, *self._nodes(node)]
+        return any(length > len(ids) for one in below for length in one.snapshots)
 
     def take_slot(self) -> int | None:
         """A slot for a new snapshot, evicting if need be; None when there is none to be had."""
@@ -295,8 +315,9 @@ class PrefixCache:
             del oldest.parent.children[oldest.tokens[0]]
             self._tree_tokens -= len(oldest.tokens)
 
-    def _nodes(self) -> Iterator[Node]:
-        stack = list(self.root.children.values())
+    def _nodes(self, top: Node | None = None) -> Iterator[Node]:
+        """Every node below one (the root)."""
+        stack = list((top or self.root).children.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())
