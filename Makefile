@@ -8,7 +8,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-all setup lint fix mini tables measure clean
+.PHONY: serve test test-all setup lint fix native mini tables measure clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
@@ -30,6 +30,10 @@ lint: $(VENV)/.dev
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Rebuilds the native kernels after a change in csrc (make setup builds them the first time).
+native: $(VENV)/.dev
+	$(INSTALL) --no-deps -e .
 
 # Trains the embedded model again, from the corpora in DATA (see recipes/mini).
 DATA ?= ../shared/data

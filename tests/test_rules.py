@@ -16,19 +16,20 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "config": {"errors"},
     "errors": set(),
+    "native": {"errors"},
     "cost": {"config", "errors"},
-    "ops": {"errors"},
-    "model": {"ops", "config", "errors"},
-    "weights": {"model", "ops", "config", "errors"},
+    "ops": {"native", "errors"},
+    "model": {"ops", "native", "config", "errors"},
+    "weights": {"model", "ops", "native", "config", "errors"},
     "text": {"errors"},
-    "engine": {"model", "ops", "config", "cost", "errors"},
+    "engine": {"model", "ops", "native", "config", "cost", "errors"},
     "llm": {"engine", "model", "ops", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
             "doctor", "info", "terminal_chat", "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
-    "doctor": {"__init__", "model", "weights", "ops", "config", "errors"},
+    "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
 }  # fmt: skip
 
 # Third-party packages confined to a part of the tree.
@@ -45,8 +46,8 @@ CONFINED = {
 }
 
 # Inside the engine, policy is written without tensors.
-WITHOUT_TORCH = ["engine/request.py", "engine/blocks.py", "engine/scheduler.py", "config.py",
-                 "cost.py", "errors.py"]  # fmt: skip
+WITHOUT_TORCH = ["engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/worth.py",
+                 "config.py", "cost.py", "errors.py"]  # fmt: skip
 
 MAX_LINES = 700
 

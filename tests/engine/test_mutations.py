@@ -90,14 +90,14 @@ def release_forgets_the_slot(patch):
 def a_pinned_snapshot_is_evicted(patch):
     evict_one, evict = PrefixCache._evict_one, PrefixCache.evict
 
-    def any_one(self):
+    def any_one(self, **wish):
         pinned = [snapshot for snapshot in self if snapshot.pinned]
         if pinned:
             pins, pinned[0].pinned = pinned[0].pinned, 0
             evict(self, pinned[0])
             pinned[0].pinned = pins
             return True
-        return evict_one(self)
+        return evict_one(self, **wish)
 
     patch.setattr(PrefixCache, "_evict_one", any_one)
 
@@ -326,6 +326,22 @@ def small_requests_pass_for_ever(patch):
     patch.setattr(scheduler_module, "MAX_BYPASS", 1 << 30)
 
 
+@mutation("share|_visible|check_snapshot|_check_mtp")
+def a_lookup_is_not_repeated_when_the_cache_has_changed(patch):
+    match = Scheduler._match
+
+    def once(self, sequence):
+        found, version = sequence.found, self.prefix.version
+        if found is not None:
+            self.prefix.version = found[0]
+        try:
+            return match(self, sequence)
+        finally:
+            self.prefix.version = version
+
+    patch.setattr(Scheduler, "_match", once)
+
+
 @mutation("check: S1")
 def a_parked_request_is_forgotten(patch):
     park = Scheduler.park
@@ -350,8 +366,8 @@ def a_cancellation_waits_for_the_end(patch):
 def what_was_not_computed_counts_as_cached(patch):
     admit = Scheduler._try_admit
 
-    def boasting(self, sequence):
-        admitted = admit(self, sequence)
+    def boasting(self, sequence, reachable):
+        admitted = admit(self, sequence, reachable)
         if admitted and sequence.cached == 0:
             sequence.cached = len(sequence.request.prompt_ids) - 1
         return admitted
