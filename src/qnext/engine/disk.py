@@ -37,7 +37,7 @@ from qnext.engine.blob import (
     read_header,
     write_blob,
 )
-from qnext.engine.prefix import HALF_LIFE_S, PRIORS
+from qnext.engine.worth import HALF_LIFE_S, likelihood
 from qnext.errors import RequestError
 
 QUEUE_LENGTH = 2
@@ -437,8 +437,7 @@ class DiskStore:
 
     def _value(self, state: DiskState) -> float:
         """As in memory: likelihood of use times tokens saved, per byte that only it holds."""
-        age = self._clock() - state.used_at
-        likely = PRIORS.get(state.why, 0.2) + state.uses * math.exp2(-age / HALF_LIFE_S)
+        likely = likelihood(state.why, state.uses, self._clock() - state.used_at)
         pages = (self._pages.get(name) for name in state.path)
         own = sum(page.nbytes for page in pages if page and page.states <= 1)
         return likely * state.length / max(state.nbytes + own, 1)
