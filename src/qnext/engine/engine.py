@@ -23,10 +23,11 @@ from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
-from qnext.engine.sampler import SampleRow, logprobs_of, sample
+from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
+from qnext.engine.ties import tie_bound
 from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
@@ -116,6 +117,8 @@ class Settings:
     """Drafts per sequence and step, or "auto"."""
     snapshot_interval: int = 0
     """Tokens of a prompt between snapshots; 0 for none."""
+    tie_bound: float | None = None
+    """How far rounding reaches, relative to the largest logit; None counts no near-ties."""
     state_bytes: int = 1
     """Memory of a snapshot beside its pages."""
     page_bytes: int = 1
@@ -186,6 +189,7 @@ class Engine:
             defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
             speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
+            tie_bound=tie_bound(model.dtype, config.num_hidden_layers),
             state_bytes=sizes.state_bytes,
             page_bytes=sizes.page_bytes,
             context_share=cost.attention_flops(config)
@@ -216,7 +220,7 @@ class Engine:
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
         self.max_model_len, self.vocab_size = settings.max_model_len, settings.vocab_size
-        self.defined_ids = settings.defined_ids
+        self.defined_ids, self.tie_bound = settings.defined_ids, settings.tie_bound
         self.policy = DraftPolicy(settings.speculative_tokens)
         snapshot_slots = [runner.open() for _ in range(settings.num_snapshots)]
         self.prefill_time = PrefillTime(context_share=settings.context_share)
@@ -312,7 +316,12 @@ class Engine:
                     wanted.append(last - new + i)
             spans.append((first, len(rows)))
             at = last
-        tokens = sample(logits[wanted], rows, defined_ids=self.defined_ids) if rows else []
+        tokens: list[int] = []
+        rivals: list[Rivals] = []
+        if rows:
+            tokens, rivals = choose(
+                logits[wanted], rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
+            )
         counts, outcomes = [], []
         for item, (first, end) in zip(items, spans, strict=True):
             if first == end:
@@ -320,6 +329,8 @@ class Engine:
                 outcomes.append(([], None))
                 continue
             emitted, reason = self._accept(item.sequence, tokens[first:end])
+            close = [bool(others) for others in rivals[first : first + len(emitted)]]
+            item.sequence.near_ties += sum(close)
             outcomes.append((emitted, reason))
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
@@ -586,6 +597,7 @@ def _usage(sequence: Running) -> Usage:
         cached_tokens=sequence.cached or 0,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
+        near_ties=sequence.near_ties,
     )
 
 
