@@ -21,6 +21,7 @@ from qnext.config import ModelConfig
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.invariance import check_path_independence
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
@@ -33,6 +34,7 @@ from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
 from qnext.model.model import CausalLM
+from qnext.model.native import NativeModel
 
 MAX_BACKLOG = 256
 """Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
@@ -142,7 +144,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | NativeModel,
         *,
         max_num_seqs: int = 16,
         max_batch_tokens: int = 2048,
@@ -160,7 +162,7 @@ class Engine:
         config = model.config
         if batch_invariant:
             check_path_independence(model)
-        setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
+        setting = _draft_setting(speculative_tokens, has_head=model.has_mtp)
         max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
@@ -172,12 +174,15 @@ class Engine:
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
         )
-        runner = Runner(
-            model,
-            num_slots=sizes.num_slots + sizes.num_snapshots,
-            num_pages=sizes.num_pages,
-            track_mtp=setting != 0,
-            rollback=rollback,
+        slots = {
+            "num_slots": sizes.num_slots + sizes.num_snapshots,
+            "num_pages": sizes.num_pages,
+            "track_mtp": setting != 0,
+        }
+        runner = (
+            NativeRunner(model, **slots)
+            if isinstance(model, NativeModel)
+            else Runner(model, rollback=rollback, **slots)
         )
         settings = Settings(
             num_slots=sizes.num_slots,

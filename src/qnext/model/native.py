@@ -49,7 +49,9 @@ class PackedExperts(Protocol):
 Weight = Tensor | Packed | PackedExperts
 
 
-def unfit(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
+def unfit(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> str | None:
     """Why the native kernels cannot run this model here, in one sentence, or None."""
     reason = native.unfit()
     if reason is not None:
@@ -97,6 +99,16 @@ class NativeModel:
         """The native twin of a model; both read the same tensors."""
         weights: dict[str, Weight] = dict(model.state_dict())
         return cls(model.config, weights, dtype=model.dtype, invariant=invariant)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What runs: the instruction set, the threads, the formats of the weights."""
+        n = self._native
+        found = sorted({_format_of(weight) for weight in self._weights.values()})
+        return (
+            f"decoder: native, {n.isa()}, {n.threads()} thread{'s' if n.threads() > 1 else ''}",
+            f"weights: {', '.join(found)}",
+        )
 
     # -- building --------------------------------------------------------------------------------
 
@@ -234,6 +246,10 @@ class NativeModel:
         owner.set_floats(name, values)  # type: ignore[attr-defined]
 
 
+def _format_of(weight: Weight) -> str:
+    return _TORCH.get(weight.dtype, "f32") if isinstance(weight, Tensor) else weight.format
+
+
 class Piece(NamedTuple):
     """New tokens of one sequence in a step."""
 
@@ -251,7 +267,7 @@ class DeferredCache(HybridCache):
     ``keep`` counts the accepted ones; the next step applies them while it reads the state anyway,
     with the arithmetic stepping would have used. Whoever copies a state applies them first.
 
-    pending [delta layers, slots, most, U K + W M + W] float32: normalised key, correction and decay;
+    pending [delta layers, slots, most, U K + W M + W] float32: normalised key, correction, decay;
     pending_window [delta layers, slots, most, ch] in the cache's dtype: the convolution's inputs.
     """
 
