@@ -46,4 +46,5 @@ NB_MODULE(_native, m) {
   m.def("threads", [] { return pool().threads(); });
   m.def("set_threads", &set_threads);
   bind_norm(m);
+  bind_linear(m);
 }
