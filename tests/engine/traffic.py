@@ -1,7 +1,7 @@
 """Random traffic for an engine, and what must hold after every step whatever the traffic was.
 
 ``Traffic`` makes up requests. ``Session`` passes them to an engine and checks it; the checks are
-numbered S1 ... S12 in their messages:
+numbered S1 ... S13 in their messages:
 
 S1 every accepted request ends once, with one reason. S2 the count of holders of every page and
 slot equals a recount. S3 nothing is held twice by the same owner, nothing beyond what there is.
@@ -9,7 +9,8 @@ S4 what a sequence writes next nobody else can see. S5 rows of a step stay in th
 by the runner). S6 nobody is overtaken more than eight times. S7 everybody gets their own answer.
 S8 after the last request and ``clear`` everything is free. S9 the same traffic gives the same
 plans (checked by running it twice). S10 what was cancelled is gone after one step. S11 lengths of
-a sequence agree with each other. S12 what counts as cached was computed before.
+a sequence agree with each other. S12 what counts as cached was computed before. S13 nobody waits
+while more than a stated number of later requests start.
 """
 
 import random
@@ -21,7 +22,7 @@ from hash_chain import Chain, HashRunner
 
 from qnext.engine.engine import Engine
 from qnext.engine.request import Event, Request, SamplingParams
-from qnext.engine.scheduler import MAX_BYPASS
+from qnext.engine.scheduler import MAX_BYPASS, MAX_OVERTAKINGS
 from qnext.engine.scheduler import Sequence as Running
 from qnext.errors import RequestError
 
@@ -154,6 +155,7 @@ class Session:
         self.log: list[Event] = []
         self.finished = self.refused = self.reused = 0
         self._overtaken: Counter[str] = Counter()
+        self._later: Counter[str] = Counter()
         self._cancelled: list[str] = []
 
     # -- what a user does ------------------------------------------------------------------------
@@ -190,7 +192,7 @@ class Session:
         """One step of the engine, and every check."""
         scheduler = self.engine.scheduler
         cancelled, self._cancelled = self._cancelled, []
-        waited = {s.request.id: s for s in scheduler.waiting}
+        waited = {s.request.id: s.order for s in scheduler.waiting}
         for event in self.engine.step():
             self._take(event)
         for name in cancelled:
@@ -208,14 +210,23 @@ class Session:
             self.step()
         assert not self.live, f"S1: {sorted(self.live)} never end"
 
+    def idle(self) -> None:
+        """A step of whatever is done between requests, and every check."""
+        self.engine.idle_step()
+        self.check()
+        if self.looks:
+            self.check_snapshots()
+
     def clear(self) -> None:
         """Empty the prefix cache."""
+        self.engine.background.clear()
         self.engine.prefix.clear()
         self.check()
 
     def end(self) -> None:
         """Drain, clear, and see whether everything was given back."""
         self.drain()
+        self.engine.background.clear()
         self.engine.prefix.clear()
         assert self.engine.pool.free == self.engine.pool.num_pages, "S8: pages are lost"
         runner: Any = self.engine.runner
@@ -247,22 +258,31 @@ class Session:
             self.reused += usage.cached_tokens > 0
             self.finished += 1
             self._overtaken.pop(request.id, None)
+            self._later.pop(request.id, None)
             del self.live[request.id], self.events[request.id]
 
-    def _check_order(self, waited: dict[str, Running]) -> None:
-        """S6, counted from outside: who runs now and came after somebody who still waits."""
+    def _check_order(self, waited: dict[str, tuple[float, int]]) -> None:
+        """S6 and S13, counted from outside: who runs now, and after whom was it his turn.
+
+        ``waited`` says who waited before the step, and in which order.
+        """
         scheduler = self.engine.scheduler
         started = [s for s in scheduler.running if s.request.id in waited]
         for sequence in scheduler.waiting:
             if sequence.request.id not in waited or sequence.slot is not None:
-                self._overtaken[sequence.request.id] = 0
+                self._overtaken[sequence.request.id] = self._later[sequence.request.id] = 0
                 continue
-            later = sum(s.order > sequence.order for s in started)
+            self._later[sequence.request.id] += sum(s.arrival > sequence.arrival for s in started)
+            # Those admitted together are counted together, so the bound may be passed by a step's.
+            most = MAX_OVERTAKINGS + MAX_BYPASS + scheduler.num_slots
+            assert self._later[sequence.request.id] <= most, f"S13: {sequence.request.id} starves"
+            own = waited[sequence.request.id]
+            later = sum(waited[s.request.id] > own for s in started)
             self._overtaken[sequence.request.id] += later
             times = self._overtaken[sequence.request.id]
             assert times <= MAX_BYPASS, f"S6: {sequence.request.id} was overtaken {times} times"
         for sequence in scheduler.running:
-            self._overtaken[sequence.request.id] = 0
+            self._overtaken[sequence.request.id] = self._later[sequence.request.id] = 0
 
     def check(self) -> None:
         """Everything that can be seen from the engine's books."""
@@ -278,22 +298,22 @@ class Session:
             assert not sequence.pages, "S11"
             assert not sequence.drafts, "S11"
             assert sequence.done == 0, "S11"
-        for sequence in scheduler.running:
+        for sequence in holding(engine):
             self._check_lengths(sequence)
 
     def _check_memory(self) -> None:
         engine, pool = self.engine, self.engine.pool
         held: Counter[int] = Counter()
-        for owner in (*engine.scheduler.running, *engine.prefix):
+        for owner in (*holding(engine), *engine.prefix):
             assert len(set(owner.pages)) == len(owner.pages), f"S3: {owner} holds a page twice"
             held.update(owner.pages)
         counts = [pool.holders(page) for page in range(pool.num_pages)]
         assert counts == [held[page] for page in range(pool.num_pages)], "S2: holders of pages"
         assert pool.free + len(held) == pool.num_pages, "S2: free pages"
-        slots = [s.slot for s in engine.scheduler.running] + [s.slot for s in engine.prefix]
+        slots = [s.slot for s in holding(engine)] + [s.slot for s in engine.prefix]
         slots += engine.prefix._slots
         assert len(set(slots)) == len(slots), "S2: a slot has two owners"
-        assert len(engine.scheduler.running) <= engine.scheduler.num_slots, "S3: slots"
+        assert len(holding(engine)) <= engine.scheduler.num_slots, "S3: slots"
         prefix = engine.prefix
         assert len(prefix) + len(prefix._slots) == prefix.num_slots, "S2: slots of snapshots"
         runner: Any = engine.runner
@@ -322,7 +342,7 @@ class Session:
                 assert child.parent is node, child
                 assert child.tokens[0] == first, child
                 stack.append((child, tokens))
-        assert found == len(prefix) == len(prefix._worth), "a snapshot cannot be found"
+        assert found == len(prefix), "a snapshot cannot be found"
         assert known == prefix._tree_tokens, (known, prefix._tree_tokens)
 
     def _check_writes(self) -> None:
@@ -330,12 +350,12 @@ class Session:
         engine, size = self.engine, self.engine.scheduler.page_size
         seen: dict[int, list[tuple[Any, int]]] = {}
         for owner, length in (
-            *((s, s.done) for s in engine.scheduler.running),
+            *((s, s.done) for s in holding(engine)),
             *((s, s.length) for s in engine.prefix),
         ):
             for number, page in enumerate(owner.pages):
                 seen.setdefault(page, []).append((owner, length - number * size))
-        for sequence in engine.scheduler.running:
+        for sequence in holding(engine):
             for number in range(sequence.done // size, len(sequence.pages)):
                 first = max(sequence.done - number * size, 0)
                 for owner, visible in seen[sequence.pages[number]]:
@@ -363,6 +383,13 @@ class Session:
         assert sequence.counts == Counter(sequence.output_ids), f"S11: {sequence}"
 
 
+def holding(engine: Engine) -> list[Running]:
+    """Sequences that have a slot and pages."""
+    prepared = engine.background.running
+    assert prepared is None or not engine.has_work, "preparations must make way for requests"
+    return [*engine.scheduler.running, *([prepared] if prepared else [])]
+
+
 def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None:
     """Random arrivals, steps, cancellations, parking, clearing until so many steps were run."""
     engine, tried = session.engine, 0
@@ -378,8 +405,11 @@ def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None
             act_park(session, dice)
         if dice(0, 149) == 0:
             session.clear()
+        if dice(0, 5) == 0:
+            act_prepare(session, traffic)
         for _ in range(dice(1, 3)):
             session.step()
+            session.idle()
     session.end()
 
 
@@ -393,6 +423,14 @@ def act_cancel(session: Session, dice: Dice) -> None:
     """Somebody gives up: a request of any state, or one that is not there."""
     names: Sequence[str] = [*session.live, "nobody"]
     session.cancel(names[dice(0, len(names) - 1)])
+
+
+def act_prepare(session: Session, traffic: Traffic) -> None:
+    """Somebody says how a later prompt is likely to begin."""
+    for request in traffic.requests()[:1]:
+        traffic.past.append(request.prompt_ids)
+        session.engine.background.add(request.prompt_ids)
+        session.check()
 
 
 def act_park(session: Session, dice: Dice) -> None:

@@ -49,4 +49,4 @@ class PagePool:
 
     def exclusive(self, pages: Iterable[int]) -> int:
         """How many of these pages have a single holder."""
-        return sum(self._holders[page] == 1 for page in pages)
+        return [self._holders[page] for page in pages].count(1)

@@ -9,16 +9,12 @@ snapshot is gone, so that a point where prompts part is recognised when it comes
 Nothing here touches a tensor: a snapshot names a cache slot and pages.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qnext.engine.blocks import PagePool
+from qnext.engine.worth import HALF_LIFE_S, PrefillTime, likelihood
 
-PRIORS = {"system": 1.0, "stable": 0.8, "parked": 0.9, "branch": 0.6, "end": 0.4, "interval": 0.2}
-"""How likely a fresh snapshot is thought to be used, by the reason it was taken."""
-HALF_LIFE_S = 1800.0
-"""A use half an hour ago counts half."""
 CLOSE_TOKENS = 64
 """A new snapshot replaces one of the same path that lies fewer tokens before it, hints excepted."""
 MAX_TREE_TOKENS = 1 << 20
@@ -36,13 +32,13 @@ class Snapshot:
     mtp_first: int
     """First position whose MTP keys and values are there; ``length`` if none are."""
     why: str
-    cost_s: float
-    """What computing it again from the snapshot before it would take, in seconds."""
     born: float
     node: "Node"
     uses: float = 0.0
     """Decayed number of uses."""
     used_at: float = 0.0
+    floor: float = 0.0
+    """Worth of the last victim when this one was last used: its worth counts from there."""
     pinned: int = 0
     """Requests that are about to load it; it is not evicted meanwhile."""
 
@@ -78,19 +74,32 @@ class Match:
 class PrefixCache:
     """Snapshots of prefixes, found by tokens and evicted by value.
 
-    ``slots`` are the cache slots set aside for snapshots. ``clock`` gives seconds.
+    ``slots`` are the cache slots set aside for snapshots. ``clock`` gives seconds, ``prefill`` what
+    a stretch of a prompt takes. ``state_bytes`` and ``page_bytes`` are those of a slot and a page.
     """
 
-    def __init__(self, pool: PagePool, slots: Sequence[int], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        slots: Sequence[int],
+        *,
+        clock: Callable[[], float],
+        prefill: PrefillTime | None = None,
+        state_bytes: int = 1,
+        page_bytes: int = 1,
+    ) -> None:
         self.pool, self._clock = pool, clock
+        self._prefill = prefill or PrefillTime()
+        self._state_bytes, self._page_bytes = state_bytes, page_bytes
         self._slots = list(slots)
         self.num_slots = len(self._slots)
         self.root = Node(0, (), None)
         self._snapshots: list[Snapshot] = []
         self._tree_tokens = 0
         self._floor = 0.0
-        """Value of the last victim: what is not used falls behind it with time."""
-        self._worth: dict[Snapshot, float] = {}
+        """Worth of the last victim: what is not used falls behind it with time."""
+        self.version = 0
+        """Changes whenever a lookup may find something else than before."""
 
     def __len__(self) -> int:
         return len(self._snapshots)
@@ -125,14 +134,26 @@ class PrefixCache:
         now = self._clock()
         snapshot.uses = snapshot.uses * 0.5 ** ((now - snapshot.used_at) / HALF_LIFE_S) + 1.0
         snapshot.used_at = now
-        self._worth[snapshot] = self._floor + self._value(snapshot)
+        snapshot.floor = self._floor
 
     # -- growth ----------------------------------------------------------------------------------
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
+        return self.at(ids) is not None
+
+    def at(self, ids: Sequence[int]) -> Snapshot | None:
+        """The snapshot at exactly these tokens."""
         node = self._walk(ids)
-        return node is not None and len(ids) in node.snapshots
+        return None if node is None else node.snapshots.get(len(ids))
+
+    def continues(self, ids: Sequence[int]) -> bool:
+        """Whether a snapshot lies further on, so that a prompt has run through these tokens."""
+        node = self._walk(ids)
+        if node is None:
+            return False
+        below = [node, *self._nodes(node)]
+        return any(length > len(ids) for one in below for length in one.snapshots)
 
     def take_slot(self) -> int | None:
         """A slot for a new snapshot, evicting if need be; None when there is none to be had."""
@@ -152,7 +173,6 @@ class PrefixCache:
         pages: Sequence[int],
         mtp_first: int,
         why: str,
-        cost_s: float,
     ) -> Snapshot:
         """Add the snapshot at the end of ``ids``; its pages are shared, its slot is the cache's.
 
@@ -165,25 +185,23 @@ class PrefixCache:
         self.pool.share(pages)
         snapshot = Snapshot(
             length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
-            cost_s=cost_s, born=now, node=node, used_at=now,
+            born=now, node=node, used_at=now, floor=self._floor,
         )  # fmt: skip
         node.snapshots[len(ids)] = snapshot
         self._snapshots.append(snapshot)
-        self._worth[snapshot] = self._floor + self._value(snapshot)
+        self.version += 1
         self._forget_ghosts()
         return snapshot
-
-    def remember(self, ids: Sequence[int]) -> None:
-        """Keep the token ids of a prompt, so that a later one that parts from it is recognised."""
-        self._grow(tuple(ids)).used_at = self._clock()
-        self._forget_ghosts()
 
     # -- eviction --------------------------------------------------------------------------------
 
     def make_room(self, pages: int) -> bool:
-        """Evict until so many pages are free; False when nothing more can go."""
+        """Evict until so many pages are free; False when nothing more can go.
+
+        Those whose pages others hold too are spared as long as there are better ones to give up.
+        """
         while self.pool.free < pages:
-            if not self._evict_one():
+            if not self._evict_one(frees_pages=True):
                 return False
         return True
 
@@ -199,7 +217,8 @@ class PrefixCache:
     def evict(self, snapshot: Snapshot) -> None:
         """Give up one snapshot; its tokens stay known."""
         assert not snapshot.pinned, snapshot
-        self._floor = max(self._floor, self._worth.pop(snapshot))
+        self._floor = max(self._floor, self.worth(snapshot))
+        self.version += 1
         self._snapshots.remove(snapshot)
         del snapshot.node.snapshots[snapshot.length]
         self.pool.give_back(snapshot.pages)
@@ -211,20 +230,37 @@ class PrefixCache:
             self.evict(snapshot)
         self.root.children.clear()
         self._tree_tokens = 0
+        self.version += 1
 
-    def _evict_one(self) -> bool:
+    def worth(self, snapshot: Snapshot) -> float:
+        """Seconds expected to be saved per byte that giving it up would free, aged.
+
+        Changes with its surroundings: when the snapshot before it goes, this one takes longer to
+        compute again; when one that shares its pages goes, more bytes are its own.
+        """
+        likely = likelihood(snapshot.why, snapshot.uses, self._clock() - snapshot.used_at)
+        seconds = self._prefill.seconds(self._before(snapshot), snapshot.length)
+        held = self._state_bytes + self._page_bytes * self.pool.exclusive(snapshot.pages)
+        return snapshot.floor + likely * seconds / held
+
+    def _before(self, snapshot: Snapshot) -> int:
+        """Length of the nearest snapshot on its path that is shorter; 0 if there is none."""
+        node: Node | None = snapshot.node
+        while node is not None:
+            shorter = [length for length in node.snapshots if length < snapshot.length]
+            if shorter:
+                return max(shorter)
+            node = node.parent
+        return 0
+
+    def _evict_one(self, *, frees_pages: bool = False) -> bool:
         loose = [snapshot for snapshot in self._snapshots if not snapshot.pinned]
+        if frees_pages:
+            loose = [one for one in loose if self.pool.exclusive(one.pages)] or loose
         if not loose:
             return False
-        self.evict(min(loose, key=lambda snapshot: (self._worth[snapshot], snapshot.born)))
+        self.evict(min(loose, key=lambda snapshot: (self.worth(snapshot), snapshot.born)))
         return True
-
-    def _value(self, snapshot: Snapshot) -> float:
-        """Seconds expected to be saved per unit of memory that only this snapshot holds."""
-        age = self._clock() - snapshot.used_at
-        likely = PRIORS.get(snapshot.why, 0.2) + snapshot.uses * math.exp2(-age / HALF_LIFE_S)
-        held = 1 + self.pool.exclusive(snapshot.pages)
-        return likely * snapshot.cost_s / held
 
     def _replace_close(self, node: Node, length: int) -> None:
         """Drop snapshots of chance that lie just before a new one, where no other path parts."""
@@ -294,9 +330,11 @@ class PrefixCache:
             assert oldest.parent is not None
             del oldest.parent.children[oldest.tokens[0]]
             self._tree_tokens -= len(oldest.tokens)
+            self.version += 1
 
-    def _nodes(self) -> Iterator[Node]:
-        stack = list(self.root.children.values())
+    def _nodes(self, top: Node | None = None) -> Iterator[Node]:
+        """Every node below one (the root)."""
+        stack = list((top or self.root).children.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

@@ -2,7 +2,9 @@
 
 One step has a budget of rows. Every sequence that decodes gets one; prompts share the rest, oldest
 first, at least ``PREFILL_ROWS`` while one waits; drafts take what remains. Requests are admitted by
-priority and arrival when a slot and the pages of their prompt are there. When pages run out, cached
+priority and arrival when a slot and the pages of their prompt are there. A request that later ones
+overtake rises: after ``MAX_OVERTAKINGS`` of them it comes before every class, and keeps that place
+until it ends, so no stream of urgent requests holds it up for ever. When pages run out, cached
 prefixes go first, then the youngest sequence of the lowest class is *parked*: its state becomes a
 snapshot, and it comes back like any prompt that finds one. The oldest of the highest class is never
 parked, and a request that could not run alone is refused, so everything admitted ends.
@@ -10,12 +12,13 @@ parked, and a request that could not run alone is refused, so everything admitte
 No torch here: tensors are moved by the ``slots`` object (the runner).
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qnext.engine.blocks import PagePool
-from qnext.engine.prefix import CLOSE_TOKENS, PrefixCache, Snapshot
+from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import Request, TokenLogprobs
 from qnext.errors import RequestError
 
@@ -25,6 +28,10 @@ SCORED_ROWS = 256
 """Rows of a step whose logits are all wanted: a row is a whole vocabulary."""
 MAX_BYPASS = 8
 """How often a request that does not fit may be overtaken."""
+CLASS_OVERTAKINGS = 8
+"""After so many overtakings a request counts as one class higher."""
+MAX_OVERTAKINGS = 64
+"""After so many it comes before every class."""
 MAX_SNAPSHOTS = 4
 """Snapshots a single prompt may plant."""
 MIN_RUN_TOKENS = 64
@@ -69,12 +76,17 @@ class Sequence:
     """Prompt tokens that had been seen before, reused or not."""
     drafted: int = 0
     accepted: int = 0
+    near_ties: int = 0
     plants: list[tuple[int, str]] = field(default_factory=list)
     """(length, why) of snapshots still to be taken while its prompt runs."""
     ran: int = 0
     """Tokens run since it was last admitted."""
     bypassed: int = 0
-    """How often others were admitted that came later, since it last ran."""
+    """How often others were admitted out of turn, since it last ran."""
+    overtaken: int = 0
+    """How often others that came later were served while it got nothing, ever."""
+    found: tuple[int, int, Match] | None = None
+    """The last lookup: version of the prefix cache, length, and what was found."""
     parked: int = 0
     """How often it was parked."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -92,9 +104,16 @@ class Sequence:
         return wants and len(self.prompt_logprobs) < len(request.prompt_ids) - 1
 
     @property
-    def order(self) -> tuple[int, int]:
+    def rank(self) -> float:
+        """Its class, smaller first; whoever is overtaken rises, and at last above all."""
+        if self.overtaken >= MAX_OVERTAKINGS:
+            return -math.inf
+        return self.request.priority - self.overtaken // CLASS_OVERTAKINGS
+
+    @property
+    def order(self) -> tuple[float, int]:
         """Smaller is served first."""
-        return (self.request.priority, self.arrival)
+        return (self.rank, self.arrival)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids at positions start ... end - 1 of prompt and output."""
@@ -200,11 +219,40 @@ class Scheduler:
             self.running.remove(sequence)
             self._drop(sequence)
 
+    # -- work between requests -------------------------------------------------------------------
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens could run, if it ran alone."""
+        return tokens <= self.max_model_len and self._pages(tokens) + 1 <= self.pool.num_pages
+
+    def admit_alone(self, sequence: Sequence) -> bool:
+        """Give memory to a sequence that is in no queue, while nobody else has any; or False."""
+        assert not self.waiting, "requests come first"
+        assert not self.running, "requests come first"
+        self.waiting.append(sequence)
+        if not self._try_admit(sequence, self.pool.free + self.prefix.evictable()):
+            self.waiting.remove(sequence)
+            return False
+        self.running.remove(sequence)
+        return True
+
+    def plan_alone(self, sequence: Sequence, count: int) -> Item:
+        """The next ``count`` tokens, or fewer, of a sequence that was admitted alone."""
+        count = min(count, self.max_batch_tokens, self.max_chunk_tokens)
+        captures = self._captures(sequence, sequence.done + count)
+        return Item(sequence=sequence, count=count, captures=captures)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back what ``admit_alone`` gave."""
+        self._drop(sequence)
+        sequence.done = 0
+
     # -- the step --------------------------------------------------------------------------------
 
     def plan(self) -> list[Item]:
         """Choose the next step; admits, parks and evicts as needed."""
         self._admit()
+        self.running.sort(key=lambda s: s.order)
         self._fit_pages()
         budget = self.max_batch_tokens
         decoding = [s for s in self.running if s.length - s.done == 1]
@@ -221,18 +269,20 @@ class Scheduler:
             budget -= len(sequence.drafts)
             count = 1 + len(sequence.drafts)
             items.append(Item(sequence=sequence, count=count, captures=captures))
-        scored = SCORED_ROWS
+        scored, served = SCORED_ROWS, []
         for sequence in prefilling:
             sequence.drafts.clear()
             room = min(budget, scored) if sequence.scores_prompt else budget
             count = self._chunk(sequence, room)
             if count:
+                served.append(sequence)
                 budget -= count
                 scored -= count if sequence.scores_prompt else 0
                 end = sequence.done + count
                 items.append(
                     Item(sequence=sequence, count=count, captures=self._captures(sequence, end))
                 )
+        self._age([s for s in prefilling if s not in served], served)
         for item in items:
             item.sequence.bypassed = 0
         return items
@@ -266,33 +316,46 @@ class Scheduler:
     def _admit(self) -> None:
         self.waiting.sort(key=lambda s: s.order)
         blocked: list[Sequence] = []
+        admitted: list[Sequence] = []
+        reachable: int | None = None
         for sequence in list(self.waiting):
             if len(self.running) >= self.num_slots:
-                return
+                break
             if any(one.bypassed >= MAX_BYPASS for one in blocked):
-                return
-            if self._try_admit(sequence):
+                break
+            if reachable is None:
+                reachable = self.pool.free + self.prefix.evictable()
+            if self._try_admit(sequence, reachable):
+                reachable = None
+                admitted.append(sequence)
                 for one in blocked:
                     one.bypassed += 1
             else:
                 blocked.append(sequence)
+        self._age(self.waiting, admitted)
 
-    def _try_admit(self, sequence: Sequence) -> bool:
-        ids = sequence.tokens(0, sequence.length)
-        snapshot = None
-        known = 0
+    def _age(self, left: list[Sequence], served: list[Sequence]) -> None:
+        """Note who came earlier than somebody that was served, and got nothing."""
+        for sequence in left:
+            sequence.overtaken += sum(one.arrival > sequence.arrival for one in served)
+
+    def _try_admit(self, sequence: Sequence, reachable: int) -> bool:
+        """Let a request in if it fits; ``reachable`` pages are free or could be made so."""
+        known, snapshot = 0, None
         if not sequence.scores_prompt:
-            match = self.prefix.match(ids)
+            match = self._match(sequence)
             known, snapshot = match.known, match.snapshot
+        shared = snapshot.length // self.page_size if snapshot else 0
+        need = self._pages(self._reach(sequence)) - shared
+        wanted = need + len(self.running)  # a page more for everybody who runs
+        if reachable < wanted:
+            return False
         if snapshot is not None:
             snapshot.pinned += 1
         try:
-            shared = snapshot.length // self.page_size if snapshot else 0
-            need = self._pages(self._reach(sequence)) - shared
-            watermark = len(self.running)
-            if self.pool.free < need + watermark and (
-                self.pool.free + self.prefix.evictable() < need + watermark
-                or not self.prefix.make_room(need + watermark)
+            if self.pool.free < wanted and (
+                self.pool.free + self.prefix.evictable() < wanted
+                or not self.prefix.make_room(wanted)
             ):
                 return False
             self._start(sequence, snapshot, need)
@@ -301,9 +364,17 @@ class Scheduler:
                 snapshot.pinned -= 1
         if sequence.cached is None:
             sequence.cached = snapshot.length if snapshot else 0
-            sequence.known = min(known, len(ids) - 1)
+            sequence.known = min(known, sequence.length - 1)
         sequence.plants = self._plants(sequence, known)
         return True
+
+    def _match(self, sequence: Sequence) -> Match:
+        """The lookup of a request; repeated only when something has changed since the last one."""
+        version, length = self.prefix.version, sequence.length
+        if sequence.found is None or sequence.found[:2] != (version, length):
+            match = self.prefix.match(sequence.tokens(0, length))
+            sequence.found = (version, length, match)
+        return sequence.found[2]
 
     def _start(self, sequence: Sequence, snapshot: Snapshot | None, need: int) -> None:
         """Give a sequence its slot and pages, from a snapshot or from nothing."""
@@ -324,10 +395,9 @@ class Scheduler:
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
             self.prefix.use(snapshot)
-        sequence.ran = 0
+        sequence.ran, sequence.found = 0, None
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        self.running.sort(key=lambda s: s.order)
 
     def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
         """Where this prompt should leave snapshots, the most useful first, in order of length.
@@ -386,7 +456,7 @@ class Scheduler:
         """The youngest of the lowest class, preferring those that have run a while."""
         candidates = sorted(self.running, key=lambda s: s.order)[1:]
         assert candidates, "a sequence that runs alone fits: add() has checked it"
-        lowest = [s for s in candidates if s.request.priority == candidates[-1].request.priority]
+        lowest = [s for s in candidates if s.rank == candidates[-1].rank]
         rested = [s for s in lowest if s.ran >= MIN_RUN_TOKENS]
         return (rested or lowest)[-1]
 
@@ -428,7 +498,6 @@ class Scheduler:
             pages=sequence.pages[: self._pages(length)],
             mtp_first=sequence.mtp_first if complete else length,
             why=why,
-            cost_s=float(length),
         )
 
     def _drop(self, sequence: Sequence) -> None:

@@ -23,8 +23,6 @@ class TokenBatch:
     positions: Tensor
     """[P] int64: position of each token in its own sequence, cached tokens counted."""
     segments: Segments
-    rows: Tensor | None = None
-    """[R] int64: packed positions whose logits are wanted; None for all."""
 
     @classmethod
     def pack(
@@ -32,7 +30,6 @@ class TokenBatch:
         sequences: Sequence[Tensor],
         *,
         first_positions: Sequence[int] | None = None,
-        rows: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "TokenBatch":
         """Lay 1-d id tensors end to end; ``first_positions`` continues cached sequences."""
@@ -43,7 +40,7 @@ class TokenBatch:
             firsts = torch.tensor(list(first_positions), dtype=torch.int64, device=device)
             positions = positions + firsts[segments.ids()]
         ids = torch.cat([ids.to(device=device, dtype=torch.int64) for ids in sequences])
-        return cls(ids=ids, positions=positions, segments=segments, rows=rows)
+        return cls(ids=ids, positions=positions, segments=segments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
