@@ -18,15 +18,17 @@ from torch import Tensor
 
 from qnext import cost
 from qnext.config import ModelConfig
+from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
-from qnext.engine.sampler import SampleRow, logprobs_of, sample
+from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
+from qnext.engine.ties import tie_bound
 from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
@@ -116,6 +118,8 @@ class Settings:
     """Drafts per sequence and step, or "auto"."""
     snapshot_interval: int = 0
     """Tokens of a prompt between snapshots; 0 for none."""
+    tie_bound: float | None = None
+    """How far rounding reaches, relative to the largest logit; None counts no near-ties."""
     state_bytes: int = 1
     """Memory of a snapshot beside its pages."""
     page_bytes: int = 1
@@ -186,6 +190,7 @@ class Engine:
             defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
             speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
+            tie_bound=tie_bound(model.dtype, config.num_hidden_layers),
             state_bytes=sizes.state_bytes,
             page_bytes=sizes.page_bytes,
             context_share=cost.attention_flops(config)
@@ -216,7 +221,7 @@ class Engine:
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
         self.max_model_len, self.vocab_size = settings.max_model_len, settings.vocab_size
-        self.defined_ids = settings.defined_ids
+        self.defined_ids, self.tie_bound = settings.defined_ids, settings.tie_bound
         self.policy = DraftPolicy(settings.speculative_tokens)
         snapshot_slots = [runner.open() for _ in range(settings.num_snapshots)]
         self.prefill_time = PrefillTime(context_share=settings.context_share)
@@ -236,6 +241,7 @@ class Engine:
             max_chunk_tokens=settings.max_chunk_tokens,
             interval=settings.snapshot_interval,
         )
+        self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
         self._cancelled: dict[str, FinishReason] = {}
         self.steps = 0
@@ -270,6 +276,7 @@ class Engine:
             seed = secrets.randbits(63)
         sequence = self.scheduler.add(request, choice_seed(seed, request.choice))
         self._sequences[request.id] = sequence
+        self.background.overtaken(request.prompt_ids)
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request at the next step; unknown or finished ids are ignored."""
@@ -292,6 +299,25 @@ class Engine:
             self.steps += 1
         return events
 
+    def idle_step(self) -> int:
+        """Use spare time: run a chunk of what later prompts are likely to begin with.
+
+        Returns the number of tokens run; 0 when there is nothing to prepare, or a request is
+        unfinished. ``background.add`` says what to prepare.
+        """
+        item = None if self.has_work else self.background.plan()
+        if item is None:
+            return 0
+        self.runner.forward([self._work(item)])
+        self.runner.keep([item.count])
+        item.sequence.done += item.count
+        item.sequence.ran += item.count
+        # So that a request which interrupts finds the MTP layer's rows in place.
+        self._catch_up(item.sequence)
+        self._plant([item])
+        self.background.ran(item)
+        return item.count
+
     def _run(self, items: Sequence[Item]) -> list[Event]:
         started = self._clock()
         decoding = all(item.sequence.length - item.sequence.done == 1 for item in items)
@@ -312,7 +338,12 @@ class Engine:
                     wanted.append(last - new + i)
             spans.append((first, len(rows)))
             at = last
-        tokens = sample(logits[wanted], rows, defined_ids=self.defined_ids) if rows else []
+        tokens: list[int] = []
+        rivals: list[Rivals] = []
+        if rows:
+            tokens, rivals = choose(
+                logits[wanted], rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
+            )
         counts, outcomes = [], []
         for item, (first, end) in zip(items, spans, strict=True):
             if first == end:
@@ -320,6 +351,8 @@ class Engine:
                 outcomes.append(([], None))
                 continue
             emitted, reason = self._accept(item.sequence, tokens[first:end])
+            close = [bool(others) for others in rivals[first : first + len(emitted)]]
+            item.sequence.near_ties += sum(close)
             outcomes.append((emitted, reason))
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
@@ -586,6 +619,7 @@ def _usage(sequence: Running) -> Usage:
         cached_tokens=sequence.cached or 0,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
+        near_ties=sequence.near_ties,
     )
 
 
