@@ -81,6 +81,7 @@ class Completion:
             drafted_tokens=sum(one.drafted_tokens for one in several),
             accepted_tokens=sum(one.accepted_tokens for one in several),
             forced_tokens=sum(one.forced_tokens for one in several),
+            near_ties=sum(one.near_ties for one in several),
         )
 
 

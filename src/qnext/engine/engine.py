@@ -22,11 +22,12 @@ from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
-from qnext.engine.sampler import SampleRow, logprobs_of, sample
+from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import CacheSizes
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
+from qnext.engine.ties import tie_bound
 from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
@@ -59,6 +60,8 @@ class Settings:
     """Drafts per sequence and step, or "auto"."""
     snapshot_interval: int = 0
     """Tokens of a prompt between snapshots; 0 for none."""
+    tie_bound: float | None = None
+    """How far rounding reaches, relative to the largest logit; None counts no near-ties."""
     state_bytes: int = 1
     """Memory of a snapshot beside its pages."""
     page_bytes: int = 1
@@ -129,6 +132,7 @@ class Engine:
             defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
             speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
+            tie_bound=tie_bound(model.dtype, config.num_hidden_layers),
             state_bytes=sizes.state_bytes,
             page_bytes=sizes.page_bytes,
             context_share=cost.attention_flops(config)
@@ -159,7 +163,7 @@ class Engine:
     ) -> None:
         self.runner, self.pool, self._clock = runner, pool, clock
         self.max_model_len, self.vocab_size = settings.max_model_len, settings.vocab_size
-        self.defined_ids = settings.defined_ids
+        self.defined_ids, self.tie_bound = settings.defined_ids, settings.tie_bound
         self.policy = DraftPolicy(settings.speculative_tokens)
         snapshot_slots = [runner.open() for _ in range(settings.num_snapshots)]
         self.prefill_time = PrefillTime(context_share=settings.context_share)
@@ -262,7 +266,12 @@ class Engine:
                 wanted.append(last - 1)
             at = last
         chosen = logits[wanted] if rows else logits
-        tokens = sample(chosen, rows, defined_ids=self.defined_ids) if rows else []
+        tokens: list[int] = []
+        rivals: list[Rivals] = []
+        if rows:
+            tokens, rivals = choose(
+                chosen, rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
+            )
         counts, outcomes = [], []
         for item, (first, end) in zip(items, spans, strict=True):
             if first == end:
@@ -270,12 +279,14 @@ class Engine:
                 outcomes.append(([], None))
                 continue
             emitted, reason = self._accept(item.sequence, tokens[first:end])
+            close = [bool(others) for others in rivals[first : first + len(emitted)]]
+            item.sequence.near_ties += sum(close)
             outcomes.append((emitted, reason))
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
         self._score_prompts(items, works, logits)
         events = self._advance(items, counts, outcomes, chosen, spans)
-        events += self._begin_twins(twins, tokens, chosen)
+        events += self._begin_twins(twins, tokens, rivals, chosen)
         seconds = self._clock() - started
         if not decoding:
             # What was run is what lies before ``done`` now, drafts that were dropped excepted.
@@ -425,6 +436,7 @@ class Engine:
         self,
         twins: Sequence[tuple[Running, Running, int]],
         tokens: Sequence[int],
+        rivals: Sequence[Rivals],
         chosen: Tensor,
     ) -> list[tuple[Event, Running]]:
         """First tokens of the requests that waited for a prompt to be run.
@@ -436,6 +448,7 @@ class Engine:
         for source, twin, row in twins:
             twin.prompt_logprobs = list(source.prompt_logprobs)
             twin.cached, twin.known = source.cached, source.known
+            twin.near_ties += bool(rivals[row])
             emitted, reason = self._accept(twin, [tokens[row]])
             events.append((self._tell(twin, emitted, reason, chosen[row : row + 1]), twin))
         return events
@@ -581,6 +594,7 @@ def _usage(sequence: Running) -> Usage:
         cached_tokens=sequence.cached or 0,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
+        near_ties=sequence.near_ties,
     )
 
 

@@ -149,6 +149,8 @@ class Usage:
     accepted_tokens: int = 0
     """Of those, the ones that are part of the answer."""
     forced_tokens: int = 0
+    near_ties: int = 0
+    """Tokens of the answer that another order of rounding might have chosen otherwise."""
 
     def as_dict(self) -> dict[str, int]:
         """Plain numbers for JSON, the sum included."""
@@ -161,6 +163,7 @@ class Usage:
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "forced_tokens": self.forced_tokens,
+            "near_ties": self.near_ties,
         }
 
 

@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qnext.engine import ties
 from qnext.engine.request import SamplingParams, TokenLogprobs
 from qnext.ops.elementwise import elementwise_invariant
+
+Rivals = tuple[int, ...]
+"""Tokens that might have been chosen instead, had rounding been different; mostly none."""
 
 WIDEST = 256
 """Rows with at most this top_k are filtered together."""
@@ -60,6 +64,16 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int) -> li
     ``defined_ids`` is the number of ids the tokenizer knows; the padded rest of the vocabulary is
     never chosen.
     """
+    return choose(logits, rows, defined_ids=defined_ids, tie_bound=None)[0]
+
+
+def choose(
+    logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int, tie_bound: float | None
+) -> tuple[list[int], list[Rivals]]:
+    """What ``sample`` returns, and for every row the tokens that another rounding might choose.
+
+    ``tie_bound`` says how far rounding reaches (see ``ties``); None looks for no rivals.
+    """
     scores = logits[:, :defined_ids].float()
     adjusted = [r for r, row in enumerate(rows) if row.is_adjusted]
     if adjusted:
@@ -67,22 +81,44 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int) -> li
         for r in adjusted:
             _adjust(scores[r], rows[r])
     chosen = [0] * len(rows)
+    rivals: list[Rivals] = [()] * len(rows)
     greedy = [r for r, row in enumerate(rows) if row.params.temperature == 0.0]
     if greedy:
-        # max is not bound to return the first of equals; argmax over a comparison is.
         part = scores if len(greedy) == len(rows) else scores[greedy]
-        first = (part == part.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
-        for r, token in zip(greedy, first.tolist(), strict=True):
-            chosen[r] = token
+        for r, token, others in zip(greedy, *_largest(part, tie_bound), strict=True):
+            chosen[r], rivals[r] = token, others
     narrow = [r for r, row in enumerate(rows) if _is_narrow(row, scores.shape[1])]
     if narrow:
-        for r, token in zip(narrow, _sample_narrow(scores, rows, narrow), strict=True):
-            chosen[r] = token
+        found = _sample_narrow(scores, rows, narrow, tie_bound)
+        for r, token, others in zip(narrow, *found, strict=True):
+            chosen[r], rivals[r] = token, others
     done = {*greedy, *narrow}
     for r, row in enumerate(rows):
         if r not in done:
-            chosen[r] = _sample_one(scores[r], row)
-    return chosen
+            chosen[r], rivals[r] = _sample_one(scores[r], row, tie_bound)
+    return chosen, rivals
+
+
+def _largest(scores: Tensor, tie_bound: float | None) -> tuple[list[int], list[Rivals]]:
+    """The lowest of the ids with the largest score [R, V], and what comes close to it."""
+    # Finding the two largest costs less than finding the first of the largest.
+    values, ids = scores.topk(min(2, scores.shape[1]), dim=-1)
+    chosen = ids[:, 0].tolist()
+    rivals: list[Rivals] = [()] * len(chosen)
+    if scores.shape[1] == 1:
+        return chosen, rivals
+    margins = values[:, 0] - values[:, 1]
+    for r, equal in enumerate((margins == 0.0).tolist()):
+        if equal:
+            # topk may return equals in any order; argmax over a comparison returns the first.
+            chosen[r] = int((scores[r] == values[r, 0]).to(torch.uint8).argmax())
+    if tie_bound is not None:
+        slack = ties.tolerance(values[:, 0], tie_bound)
+        for r, close in enumerate((margins <= slack).tolist()):
+            if close:
+                near = (scores[r] >= values[r, 0] - slack[r]).nonzero()[:, 0].tolist()
+                rivals[r] = tuple(token for token in near if token != chosen[r])
+    return chosen, rivals
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
@@ -133,7 +169,9 @@ def _is_narrow(row: SampleRow, width: int) -> bool:
     return p.temperature > 0.0 and 0 < p.top_k <= min(WIDEST, width - 1)
 
 
-def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[int]) -> list[int]:
+def _sample_narrow(
+    scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[int], tie_bound: float | None
+) -> tuple[list[int], list[Rivals]]:
     """All rows with a small top_k at once, on their largest scores only."""
     some = [rows[r] for r in narrow]
     device = scores.device
@@ -146,9 +184,13 @@ def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[i
     values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
     tied = (values.gather(1, k_R1 - 1) == values.gather(1, k_R1))[:, 0].tolist()
-    values, ids = values[:, :most], ids[:, :most]
     temperature_R1 = torch.tensor([[row.params.temperature] for row in some], device=device)
-    values = values / temperature_R1
+    top_R1, values = values[:, :1], values / temperature_R1
+    noise = gumbel_noise(
+        seeds=[row.seed for row in some], indices=[row.index for row in some], ids=ids
+    )
+    wide = values, values + noise, ids
+    values, noise, ids = values[:, :most], noise[:, :most], ids[:, :most]
     keep = torch.arange(most, device=device) < k_R1
     values = values.masked_fill(~keep, float("-inf"))
     keep &= values.isfinite()
@@ -160,23 +202,39 @@ def _sample_narrow(scores: Tensor, rows: Sequence[SampleRow], narrow: Sequence[i
     probabilities = values.masked_fill(~keep, float("-inf")).softmax(-1)
     keep &= (top_p_R1 >= 1.0) | (probabilities.cumsum(-1) - probabilities < top_p_R1)
     keep[:, 0] = True
-    noise = gumbel_noise(
-        seeds=[row.seed for row in some], indices=[row.index for row in some], ids=ids
-    )
     best = (values + noise).masked_fill(~keep, float("-inf")).argmax(-1, keepdim=True)
     chosen = ids.gather(1, best)[:, 0].tolist()
     for i, is_tied in enumerate(tied):
         if is_tied:
             # Several tokens share the last place: the rule of the lower id needs the whole row.
-            chosen[i] = _sample_one(scores[narrow[i]], some[i])
-    return chosen
+            chosen[i], _ = _sample_one(scores[narrow[i]], some[i], None)
+    if tie_bound is None:
+        return chosen, [()] * len(chosen)
+    values, scores, ids = wide
+    slack_R1 = ties.tolerance(top_R1, tie_bound) / temperature_R1
+    may, must = ties.passing(
+        values, slack_R1=slack_R1, top_k_R1=k_R1, top_p_R1=top_p_R1, min_p_R1=min_p_R1
+    )
+    could = ties.contenders(scores, may=may, must=must, slack_R1=slack_R1)
+    return chosen, ties.rivals(could, ids, chosen)
 
 
-def _sample_one(scores_V: Tensor, row: SampleRow) -> int:
+def _sample_one(scores_V: Tensor, row: SampleRow, tie_bound: float | None) -> tuple[int, Rivals]:
     """One row by the definition: sort everything, filter, add noise."""
     params = row.params
     scores, ids = (scores_V / params.temperature).sort(descending=True, stable=True)
     keep = scores.isfinite()
+    may = must = keep.clone()
+    slack_11 = torch.zeros(1, 1, device=scores.device)
+    if tie_bound is not None:
+        slack_11 = (ties.tolerance(scores_V.amax(), tie_bound) / params.temperature).view(1, 1)
+        if params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0:
+            limits = torch.tensor([params.top_k, params.top_p, params.min_p], device=scores.device)
+            k_11, p_11, min_11 = limits.view(3, 1, 1)
+            passing = ties.passing(
+                scores[None], slack_R1=slack_11, top_k_R1=k_11, top_p_R1=p_11, min_p_R1=min_11
+            )
+            may, must = passing[0][0], passing[1][0]
     if params.min_p > 0.0:
         probabilities = scores.softmax(-1)
         keep &= probabilities >= params.min_p * probabilities[0]
@@ -187,9 +245,15 @@ def _sample_one(scores_V: Tensor, row: SampleRow) -> int:
         # A token stays if the likelier ones before it do not reach top_p yet.
         keep &= probabilities.cumsum(-1) - probabilities < params.top_p
     keep[0] = True
-    ids, scores = ids[keep], scores[keep]
+    some = keep if tie_bound is None else keep | may
+    ids, scores, keep, may, must = (one[some] for one in (ids, scores, keep, may, must))
     noise = gumbel_noise(seeds=[row.seed], indices=[row.index], ids=ids[None])[0]
-    return int(ids[(scores + noise).argmax()])
+    scores = scores + noise
+    chosen = int(ids[scores.masked_fill(~keep, float("-inf")).argmax()])
+    if tie_bound is None:
+        return chosen, ()
+    could = ties.contenders(scores[None], may=may[None], must=must[None], slack_R1=slack_11)
+    return chosen, ties.rivals(could, ids[None], [chosen])[0]
 
 
 _MASK = 0xFFFFFFFF

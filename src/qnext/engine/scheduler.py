@@ -76,6 +76,7 @@ class Sequence:
     """Prompt tokens that had been seen before, reused or not."""
     drafted: int = 0
     accepted: int = 0
+    near_ties: int = 0
     plants: list[tuple[int, str]] = field(default_factory=list)
     """(length, why) of snapshots still to be taken while its prompt runs."""
     ran: int = 0

@@ -304,6 +304,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
             "reasoning_tokens": usage.reasoning_tokens,
             "drafted_tokens": usage.drafted_tokens,
             "accepted_tokens": usage.accepted_tokens,
+            "near_ties": usage.near_ties,
         },
     }
 
