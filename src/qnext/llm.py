@@ -32,14 +32,26 @@ from qnext.errors import BackendError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import ChatTemplate, opens_thinking
-from qnext.text.history import stable_lengths
-from qnext.text.parse import ReasoningParser, StopMatcher
+from qnext.text.history import beginning_after, stable_lengths
+from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
 from qnext.weights.fingerprint import fingerprint
 
 Message = Mapping[str, Any]
+
+MAX_ANSWERED = 4
+"""Conversations remembered whose next turn may be prepared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a chat prompt was made of."""
+
+    messages: tuple[Message, ...]
+    options: Mapping[str, Any]
+    """For the template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +114,11 @@ class TextReader:
         *,
         split_reasoning: bool,
         starts_in_reasoning: bool,
+        conversation: Conversation | None = None,
     ) -> None:
-        self.request = request
+        self.request, self.conversation = request, conversation
         self.stopped = False
+        self._texts = self._reasoning = ""
         self._bytes = Detokenizer(tokenizer, skip_special=True)
         self._stop = StopMatcher(list(request.params.stop))
         self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
@@ -135,7 +149,7 @@ class TextReader:
         self._ended = ends or self.stopped
         self._used += used
         text, reasoning = self._split(raw)
-        return Delta(
+        delta = Delta(
             text=text,
             reasoning=reasoning,
             token_ids=tuple(event.token_ids[:used]),
@@ -148,6 +162,15 @@ class TextReader:
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
         )
+        if self.conversation is not None:
+            self._texts += text
+            self._reasoning += reasoning
+        return delta
+
+    def answer(self) -> Message:
+        """The assistant's message so far, as it would stand in the conversation."""
+        message = {"role": "assistant", "content": self._texts}
+        return {**message, "reasoning_content": self._reasoning} if self._reasoning else message
 
     def _split(self, raw: str) -> tuple[str, str]:
         if self._parser is None:
@@ -174,7 +197,8 @@ class LLM:
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
-    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were.
+    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
+    ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
     ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
     float32. ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said
     in conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
@@ -193,6 +217,7 @@ class LLM:
         max_model_len: int | None = None,
         speculative_tokens: int | str = 0,
         prefix_cache: bool = True,
+        background_prefill: bool = True,
         snapshot_interval: int = 0,
         max_chunk_tokens: int | None = None,
         batch_invariant: bool = False,
@@ -219,6 +244,7 @@ class LLM:
             max_model_len=max_model_len,
             speculative_tokens=speculative_tokens,
             prefix_cache=prefix_cache,
+            background_prefill=background_prefill,
             snapshot_interval=snapshot_interval,
             max_chunk_tokens=max_chunk_tokens,
             batch_invariant=batch_invariant,
@@ -233,6 +259,8 @@ class LLM:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         generation: Mapping[str, Any],
+        *,
+        background_prefill: bool = True,
         **engine: Any,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -248,6 +276,9 @@ class LLM:
         self.max_model_len = self.engine.max_model_len
         self.eos_ids = self._end_ids()
         self._numbers = itertools.count()
+        self._answered: deque[tuple[Conversation, Message]] = deque(
+            maxlen=MAX_ANSWERED if background_prefill and self.engine.prefix.num_slots else 0
+        )
         self._inbox: dict[str, deque[Delta]] = {}
         self._readers: dict[str, TextReader] = {}
         # Also when nobody calls close(): when this object goes, or the interpreter ends.
@@ -313,6 +344,7 @@ class LLM:
             request,
             split_reasoning=True,
             starts_in_reasoning=opens_thinking(prompt),
+            conversation=Conversation(messages=tuple(messages), options=options),
         )
 
     def _request(
@@ -493,8 +525,58 @@ class LLM:
             delta = reader.push(event)
             if delta is not None:
                 self._inbox[event.request_id].append(delta)
+                if delta.finish_reason is not None:
+                    self.ended(reader, delta.finish_reason)
             if reader.stopped:
                 self.engine.cancel(event.request_id, "stop")
+
+    # -- spare time ------------------------------------------------------------------------------
+
+    def ended(self, reader: TextReader, reason: FinishReason) -> None:
+        """Note that a request has ended, so that ``idle`` may prepare what follows it.
+
+        ``chat`` and ``stream`` do this themselves; it is for those that step the engine.
+        """
+        answer = reader.answer()
+        is_over = reason != "cancelled" and TOOL_OPEN not in answer["content"]
+        if reader.conversation is not None and is_over and reader.request.choice == 0:
+            self._answered.append((reader.conversation, answer))
+
+    def idle(self, max_tokens: int | None = None) -> int:
+        """Use spare time to prepare the next turn of conversations that were answered lately.
+
+        A template may show an answer otherwise than it was written, above all without its
+        reasoning. Run in advance as it will be shown, the next turn costs only its new text. Call
+        it while the user reads or a program does something else; the server does so by itself.
+        Stops after about ``max_tokens``, goes on from there when called again. Returns the number
+        of tokens run: 0 when nothing is left to prepare or an answer is still being written.
+        """
+        total = 0
+        while max_tokens is None or total < max_tokens:
+            count = self.idle_step()
+            if count == 0:
+                break
+            total += count
+        return total
+
+    @property
+    def unprepared(self) -> int:
+        """Conversations for which ``idle`` still has something to do."""
+        return len(self._answered) + len(self.engine.background)
+
+    def idle_step(self) -> int:
+        """One small step of ``idle``; returns the number of tokens run."""
+        while not self.engine.has_work:
+            count = self.engine.idle_step()
+            if count or not self._answered:
+                return count
+            conversation, answer = self._answered.pop()
+            ids = beginning_after(
+                self.template, self.tokenizer, conversation.messages, answer, conversation.options
+            )
+            if ids:
+                self.engine.background.add(ids)
+        return 0
 
     def _end_ids(self) -> tuple[int, ...]:
         """Every id that ends a sequence, from generation_config.json, config.json, tokenizer."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qnext import cost
 from qnext.config import ModelConfig
+from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
 from qnext.engine.invariance import check_path_independence
@@ -284,6 +285,7 @@ class Engine:
             interval=settings.snapshot_interval,
         )
         self.tier: DiskTier | None = None
+        self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
         self._cancelled: dict[str, FinishReason] = {}
         self.steps = 0
@@ -318,6 +320,7 @@ class Engine:
             seed = secrets.randbits(63)
         sequence = self.scheduler.add(request, choice_seed(seed, request.choice))
         self._sequences[request.id] = sequence
+        self.background.overtaken(request.prompt_ids)
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request at the next step; unknown or finished ids are ignored."""
@@ -339,6 +342,25 @@ class Engine:
             events.extend(self._run(items))
             self.steps += 1
         return events
+
+    def idle_step(self) -> int:
+        """Use spare time: run a chunk of what later prompts are likely to begin with.
+
+        Returns the number of tokens run; 0 when there is nothing to prepare, or a request is
+        unfinished. ``background.add`` says what to prepare.
+        """
+        item = None if self.has_work else self.background.plan()
+        if item is None:
+            return 0
+        self.runner.forward([self._work(item)])
+        self.runner.keep([item.count])
+        item.sequence.done += item.count
+        item.sequence.ran += item.count
+        # So that a request which interrupts finds the MTP layer's rows in place.
+        self._catch_up(item.sequence)
+        self._plant([item])
+        self.background.ran(item)
+        return item.count
 
     def _run(self, items: Sequence[Item]) -> list[Event]:
         started = self._clock()

@@ -151,8 +151,20 @@ class PrefixCache:
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
+        return self.at(ids) is not None
+
+    def at(self, ids: Sequence[int]) -> Snapshot | None:
+        """The snapshot at exactly these tokens."""
         node = self._walk(ids)
-        return node is not None and len(ids) in node.snapshots
+        return None if node is None else node.snapshots.get(len(ids))
+
+    def continues(self, ids: Sequence[int]) -> bool:
+        """Whether a snapshot lies further on, so that a prompt has run through these tokens."""
+        node = self._walk(ids)
+        if node is None:
+            return False
+        below = [node, *self._nodes(node)]
+        return any(length > len(ids) for one in below for length in one.snapshots)
 
     def take_slot(self) -> int | None:
         """A slot for a new snapshot, evicting if need be; None when there is none to be had."""
@@ -337,8 +349,9 @@ class PrefixCache:
             self._tree_tokens -= len(oldest.tokens)
             self.version += 1
 
-    def _nodes(self) -> Iterator[Node]:
-        stack = list(self.root.children.values())
+    def _nodes(self, top: Node | None = None) -> Iterator[Node]:
+        """Every node below one (the root)."""
+        stack = list((top or self.root).children.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

@@ -225,6 +225,34 @@ class Scheduler:
             self.running.remove(sequence)
             self._drop(sequence)
 
+    # -- work between requests -------------------------------------------------------------------
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens could run, if it ran alone."""
+        return tokens <= self.max_model_len and self._pages(tokens) + 1 <= self.pool.num_pages
+
+    def admit_alone(self, sequence: Sequence) -> bool:
+        """Give memory to a sequence that is in no queue, while nobody else has any; or False."""
+        assert not self.waiting, "requests come first"
+        assert not self.running, "requests come first"
+        self.waiting.append(sequence)
+        if not self._try_admit(sequence, self.pool.free + self.prefix.evictable()):
+            self.waiting.remove(sequence)
+            return False
+        self.running.remove(sequence)
+        return True
+
+    def plan_alone(self, sequence: Sequence, count: int) -> Item:
+        """The next ``count`` tokens, or fewer, of a sequence that was admitted alone."""
+        count = min(count, self.max_batch_tokens, self.max_chunk_tokens)
+        captures = self._captures(sequence, sequence.done + count)
+        return Item(sequence=sequence, count=count, captures=captures)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back what ``admit_alone`` gave."""
+        self._drop(sequence)
+        sequence.done = 0
+
     # -- the step --------------------------------------------------------------------------------
 
     def plan(self) -> list[Item]:
