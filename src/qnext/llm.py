@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import sys
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,9 @@ from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
+from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
+from qnext.weights.fingerprint import fingerprint
 
 Message = Mapping[str, Any]
 
@@ -220,7 +223,9 @@ class LLM:
     tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
     ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
-    float32. Not thread-safe: use it from one thread.
+    float32. ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said
+    in conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
+    runs out and by ``close``. Not thread-safe: use it from one thread.
     """
 
     def __init__(
@@ -239,6 +244,8 @@ class LLM:
         snapshot_interval: int = 0,
         max_chunk_tokens: int | None = None,
         batch_invariant: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_disk_limit: str | int = "10GiB",
     ) -> None:
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
@@ -264,6 +271,9 @@ class LLM:
             snapshot_interval=snapshot_interval,
             max_chunk_tokens=max_chunk_tokens,
             batch_invariant=batch_invariant,
+            cache_dir=cache_dir,
+            cache_disk_limit=parse_bytes(cache_disk_limit, name="cache_disk_limit"),
+            cache_key=_cache_key(folder) if cache_dir is not None else None,
         )
 
     def _assemble(
@@ -294,6 +304,18 @@ class LLM:
         )
         self._inbox: dict[str, deque[Delta]] = {}
         self._readers: dict[str, TextReader] = {}
+        # Also when nobody calls close(): when this object goes, or the interpreter ends.
+        self._closing = weakref.finalize(self, self.engine.close)
+
+    def close(self) -> None:
+        """Write the prefix cache to ``cache_dir``, if there is one. Harmless when done twice."""
+        self._closing()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -640,6 +662,13 @@ def _invariant_ops(folder: Path, dtype: str, device: str) -> Ops:
     return select(OpSpec(device=device), prefer=invariant())
 
 
+def _cache_key(folder: Path) -> dict[str, str]:
+    """What cached keys, values and states depend on beside the configuration."""
+    files = tuple(name for name in KEPT_FILES if not name.startswith("chat_template"))
+    # "tenant" is the place for a salt that keeps users of one server apart.
+    return {"weights": fingerprint(folder, extra=files), "adapter": "", "tenant": ""}
+
+
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -660,9 +689,9 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
 
 
-def parse_bytes(amount: str | int) -> int:
+def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
     """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
     found = _AMOUNT.fullmatch(str(amount).strip())
     if found is None or found[2] not in _UNITS:
-        raise RequestError(f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}.")
+        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -11,14 +11,18 @@ what stays -> let the MTP layer read the new rows and draft for the next step ->
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from qnext import cost
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
+from qnext.engine.disk import DiskStore
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
@@ -28,12 +32,15 @@ from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import CacheSizes
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
+from qnext.engine.tier import DiskTier
 from qnext.engine.ties import tie_bound
 from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
 from qnext.model.model import CausalLM
 
+DRAIN_S = 10.0
+"""Time to write the prefix cache to disk when the engine is closed."""
 MAX_BACKLOG = 256
 """Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
 
@@ -80,7 +87,9 @@ class Engine:
     without an MTP head. ``max_chunk_tokens`` bounds how much of one prompt a step runs.
     ``batch_invariant`` checks that the model's ops give a token the same bits on every path (it
     must have been loaded with them); BackendError if they do not.
-    ``clock`` gives seconds; ``around`` takes another runner.
+    ``cache_dir`` keeps snapshots of prefixes over a restart, in at most ``cache_disk_limit`` bytes;
+    ``cache_key`` names what the cache depends on beside this model's configuration and kernels,
+    above all the weights. ``clock`` gives seconds; ``around`` takes another runner.
     """
 
     def __init__(
@@ -99,6 +108,9 @@ class Engine:
         batch_invariant: bool = False,
         rollback: Rollback = "snapshots",
         clock: Callable[[], float] = time.monotonic,
+        cache_dir: str | Path | None = None,
+        cache_disk_limit: int = 10 << 30,
+        cache_key: Mapping[str, Any] | None = None,
     ) -> None:
         config = model.config
         if batch_invariant:
@@ -140,6 +152,37 @@ class Engine:
             / (cost.matmul_flops(config) + cost.delta_flops(config, chunked=True)),
         )
         self._set_up(runner, PagePool(sizes.num_pages), settings, clock)
+        if cache_dir is not None:
+            if not sizes.num_snapshots:
+                raise RequestError(
+                    "cache_dir needs the prefix cache, which is switched off or has no room: "
+                    "leave out prefix_cache=False, or raise memory."
+                )
+            key = {
+                **(cache_key or {}), "config": config.to_dict(), "layout": runner.cache.layout,
+                "page_tokens": PAGE_SIZE, "kernels": list(model.ops.report),
+                "torch": torch.__version__, "batch_invariant": batch_invariant,
+            }  # fmt: skip
+            self.attach(
+                DiskStore(
+                    cache_dir, fields=key, page_tokens=PAGE_SIZE, limit_bytes=cache_disk_limit
+                )
+            )
+
+    def attach(self, store: DiskStore) -> None:
+        """Put a store of snapshots behind the prefix cache; ``close`` lets go of it."""
+        self.tier = DiskTier(
+            store, slots=self.runner, pool=self.pool, prefix=self.prefix,
+            page_size=self.scheduler.page_size, prefill=self.prefill_time, clock=self._clock,
+        )  # fmt: skip
+        self.scheduler.fetch = self.tier.fetch
+
+    def close(self, drain_s: float = DRAIN_S) -> None:
+        """Write what the prefix cache holds to disk, if there is one, for so long at most."""
+        tier, self.tier = self.tier, None
+        if tier is not None:
+            self.scheduler.fetch = self.prefix.on_evict = None
+            tier.close(drain_s)
 
     @classmethod
     def around(
@@ -184,6 +227,7 @@ class Engine:
             max_chunk_tokens=settings.max_chunk_tokens,
             interval=settings.snapshot_interval,
         )
+        self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
         self._cancelled: dict[str, FinishReason] = {}

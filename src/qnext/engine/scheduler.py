@@ -14,12 +14,14 @@ No torch here: tensors are moved by the ``slots`` object (the runner).
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import Request, TokenLogprobs
+from qnext.engine.tier import Fetched
 from qnext.errors import RequestError
 
 PREFILL_ROWS = 64
@@ -89,6 +91,8 @@ class Sequence:
     """The last lookup: version of the prefix cache, length, and what was found."""
     parked: int = 0
     """How often it was parked."""
+    fetched: Fetched | None = None
+    """What a look at the disk for its prompt has come to; None before there was one."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -185,6 +189,8 @@ class Scheduler:
             raise RequestError(f"max_chunk_tokens: expected at least 1, found {max_chunk_tokens}.")
         self.max_chunk_tokens = max_chunk_tokens or max_batch_tokens
         self.max_drafts, self.interval = max_drafts, interval
+        self.fetch: Callable[[list[int], Snapshot | None], Fetched] | None = None
+        """Brings a snapshot of these tokens into the prefix cache, if the disk has a deeper one."""
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parkings = 0
@@ -369,6 +375,10 @@ class Scheduler:
         known, snapshot = 0, None
         if not sequence.scores_prompt:
             match = self._match(sequence)
+            if self.fetch is not None and sequence.fetched is None:
+                ids = sequence.tokens(0, sequence.length)
+                sequence.fetched = self.fetch(ids, match.snapshot)
+                match = self._match(sequence)
             known, snapshot = match.known, match.snapshot
         shared = snapshot.length // self.page_size if snapshot else 0
         need = self._pages(self._reach(sequence)) - shared
