@@ -1,6 +1,7 @@
 """Native paged attention equals its references: norms, rotation, pages, softmax and gate."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -196,7 +197,7 @@ def test_chunks_and_company_change_no_bit(kernels, dtype):
     want, _ = whole.native(kernels)
     # The same sequence in three steps, beside another one, its pages elsewhere.
     cuts, cache = [0, 1, 600, 602, length], None
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         step = Layer(heads, [5, end - begin], [90, begin], dtype=dtype)
         for name in ("q", "k", "v", "cos", "sin"):
             step.inputs[name][5:] = whole.inputs[name][begin:end]
