@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import sys
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,9 @@ from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
+from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
+from qnext.weights.fingerprint import fingerprint
 
 Message = Mapping[str, Any]
 
@@ -82,6 +85,20 @@ class Completion:
     others: "tuple[Completion, ...]" = ()
     """Further answers to the same prompt when ``n`` is more than 1."""
 
+    @property
+    def total_usage(self) -> Usage:
+        """Tokens of all answers to the prompt together; the prompt itself was run once."""
+        several = [self.usage, *(one.usage for one in self.others)]
+        return replace(
+            self.usage,
+            completion_tokens=sum(one.completion_tokens for one in several),
+            reasoning_tokens=sum(one.reasoning_tokens for one in several),
+            drafted_tokens=sum(one.drafted_tokens for one in several),
+            accepted_tokens=sum(one.accepted_tokens for one in several),
+            forced_tokens=sum(one.forced_tokens for one in several),
+            near_ties=sum(one.near_ties for one in several),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
@@ -114,6 +131,7 @@ class TextReader:
         conversation: Conversation | None = None,
     ) -> None:
         self.request, self.conversation = request, conversation
+        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
         self.stopped = False
         self._texts = self._reasoning = ""
         self._bytes = Detokenizer(tokenizer, skip_special=True)
@@ -124,6 +142,14 @@ class TextReader:
         self._reasoning_tokens = 0
         self._used = 0
         self._ended = False
+
+    def alike(self, request: Request) -> "TextReader":
+        """A reader of another answer to the same prompt."""
+        tokenizer, split, starts = self._settings
+        return TextReader(
+            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
+            conversation=self.conversation,
+        )  # fmt: skip
 
     def push(self, event: Event) -> Delta | None:
         """Feed one event; returns what has become final, or None."""
@@ -197,7 +223,9 @@ class LLM:
     tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
     ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
-    float32. Not thread-safe: use it from one thread.
+    float32. ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said
+    in conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
+    runs out and by ``close``. Not thread-safe: use it from one thread.
     """
 
     def __init__(
@@ -216,6 +244,8 @@ class LLM:
         snapshot_interval: int = 0,
         max_chunk_tokens: int | None = None,
         batch_invariant: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_disk_limit: str | int = "10GiB",
     ) -> None:
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
@@ -241,6 +271,9 @@ class LLM:
             snapshot_interval=snapshot_interval,
             max_chunk_tokens=max_chunk_tokens,
             batch_invariant=batch_invariant,
+            cache_dir=cache_dir,
+            cache_disk_limit=parse_bytes(cache_disk_limit, name="cache_disk_limit"),
+            cache_key=_cache_key(folder) if cache_dir is not None else None,
         )
 
     def _assemble(
@@ -271,6 +304,18 @@ class LLM:
         )
         self._inbox: dict[str, deque[Delta]] = {}
         self._readers: dict[str, TextReader] = {}
+        # Also when nobody calls close(): when this object goes, or the interpreter ends.
+        self._closing = weakref.finalize(self, self.engine.close)
+
+    def close(self) -> None:
+        """Write the prefix cache to ``cache_dir``, if there is one. Harmless when done twice."""
+        self._closing()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -286,14 +331,14 @@ class LLM:
         return SamplingParams(**{**settings, **overrides})
 
     def prepare_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, choice: int = 0
+        self, prompt: str | Sequence[int], params: SamplingParams
     ) -> tuple[Request, TextReader]:
-        """A request that continues plain text or token ids; answer ``choice`` of ``params.n``."""
+        """A request that continues plain text or token ids."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        request = self._request(ids, params, choice=choice)
+        request = self._request(ids, params)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -306,7 +351,6 @@ class LLM:
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        choice: int = 0,
     ) -> tuple[Request, TextReader]:
         """A request that answers a conversation through the checkpoint's chat template."""
         options = {**(template_options or {}), "tools": tools}
@@ -316,7 +360,7 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, choice=choice, hints=hints)
+        request = self._request(ids, params, hints=hints)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -330,7 +374,6 @@ class LLM:
         ids: Sequence[int],
         params: SamplingParams,
         *,
-        choice: int = 0,
         hints: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
@@ -340,7 +383,6 @@ class LLM:
             params=params,
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
-            choice=choice,
             hints=hints,
             score_only=score_only,
         )
@@ -371,7 +413,7 @@ class LLM:
         if several and all(isinstance(item, int) for item in several):
             several = [several]  # one prompt of token ids
         prepared = [
-            [self.prepare_text(prompt, one, choice=c) for c in range(one.n)]  # type: ignore[arg-type]
+            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -412,12 +454,9 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        pairs = [
-            self.prepare_chat(
-                messages, params, enable_thinking=enable_thinking, tools=tools, choice=choice
-            )
-            for choice in range(params.n)
-        ]
+        pairs = self._choices(
+            *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
+        )
         with self._submitted(pairs) as names:
             return self._gather(names, thinks=True)
 
@@ -440,6 +479,17 @@ class LLM:
         else:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return Stream(self, self._submit(*pair))
+
+    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+        """The ``n`` answers to one prompt, which is run once for all of them."""
+        pairs = [(request, reader)]
+        if request.params.n > 1:
+            first = replace(request, group=request.id)
+            pairs = [(first, reader.alike(first))]
+            for choice in range(1, request.params.n):
+                other = replace(first, id=f"request-{next(self._numbers)}", choice=choice)
+                pairs.append((other, reader.alike(other)))
+        return pairs
 
     def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
         """The answers to one prompt: the first, with the others attached."""
@@ -612,6 +662,13 @@ def _invariant_ops(folder: Path, dtype: str, device: str) -> Ops:
     return select(OpSpec(device=device), prefer=invariant())
 
 
+def _cache_key(folder: Path) -> dict[str, str]:
+    """What cached keys, values and states depend on beside the configuration."""
+    files = tuple(name for name in KEPT_FILES if not name.startswith("chat_template"))
+    # "tenant" is the place for a salt that keeps users of one server apart.
+    return {"weights": fingerprint(folder, extra=files), "adapter": "", "tenant": ""}
+
+
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -632,9 +689,9 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
 
 
-def parse_bytes(amount: str | int) -> int:
+def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
     """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
     found = _AMOUNT.fullmatch(str(amount).strip())
     if found is None or found[2] not in _UNITS:
-        raise RequestError(f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}.")
+        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -275,7 +275,6 @@ def test_wrong_arguments_are_refused(kernels):
         kernels.linear("q8", w.data, x, np.array([0, 2], np.int32), out)
     with pytest.raises(ValueError, match="multiples of 32"):
         kernels.linear("q8", w.data, x, None, out, first=8)
+    shifted = aligned(b"." + w.data.tobytes())[1:]
     with pytest.raises(ValueError, match="not aligned"):
-        shifted = np.empty(len(w.data) + 65, np.uint8)
-        start = -shifted.ctypes.data % 64 + 1
-        kernels.linear("q8", shifted[start : start + len(w.data)], x, None, out)
+        kernels.linear("q8", shifted, x, None, out)

@@ -98,6 +98,8 @@ class PrefixCache:
         self._tree_tokens = 0
         self._floor = 0.0
         """Worth of the last victim: what is not used falls behind it with time."""
+        self.on_evict: Callable[[Snapshot], None] | None = None
+        """Called with a snapshot that is about to go for lack of room."""
         self.version = 0
         """Changes whenever a lookup may find something else than before."""
 
@@ -135,6 +137,15 @@ class PrefixCache:
         snapshot.uses = snapshot.uses * 0.5 ** ((now - snapshot.used_at) / HALF_LIFE_S) + 1.0
         snapshot.used_at = now
         snapshot.floor = self._floor
+
+    def tokens_of(self, snapshot: Snapshot) -> tuple[int, ...]:
+        """The token ids a snapshot lies behind."""
+        edges: list[tuple[int, ...]] = []
+        node: Node | None = snapshot.node
+        while node is not None:
+            edges.append(node.tokens)
+            node = node.parent
+        return tuple(token for edge in reversed(edges) for token in edge)[: snapshot.length]
 
     # -- growth ----------------------------------------------------------------------------------
 
@@ -214,10 +225,15 @@ class PrefixCache:
                     held[page] = held.get(page, 0) + 1
         return sum(self.pool.holders(page) == count for page, count in held.items())
 
-    def evict(self, snapshot: Snapshot) -> None:
-        """Give up one snapshot; its tokens stay known."""
+    def evict(self, snapshot: Snapshot, *, replaced: bool = False) -> None:
+        """Give up one snapshot, for lack of room or for a better one; its tokens stay known."""
         assert not snapshot.pinned, snapshot
         self._floor = max(self._floor, self.worth(snapshot))
+        if self.on_evict is not None and not replaced:
+            self.on_evict(snapshot)
+        self._drop(snapshot)
+
+    def _drop(self, snapshot: Snapshot) -> None:
         self.version += 1
         self._snapshots.remove(snapshot)
         del snapshot.node.snapshots[snapshot.length]
@@ -227,7 +243,8 @@ class PrefixCache:
     def clear(self) -> None:
         """Give up everything, tokens included. No snapshot may be pinned."""
         for snapshot in list(self._snapshots):
-            self.evict(snapshot)
+            assert not snapshot.pinned, snapshot
+            self._drop(snapshot)
         self.root.children.clear()
         self._tree_tokens = 0
         self.version += 1
@@ -271,7 +288,7 @@ class PrefixCache:
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
-                    self.evict(snapshot)
+                    self.evict(snapshot, replaced=True)
             step = step.parent
 
     # -- the tree --------------------------------------------------------------------------------

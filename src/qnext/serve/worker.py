@@ -126,6 +126,8 @@ class Worker:
             self._deliver([(job, EngineStopped("the server stopped.")) for job in self._left()])
             self._jobs.clear()
             self.load = Load()
+            # Only this thread touches the cache, so it is the one to write it to disk.
+            self._llm.close()
 
     def _take_commands(self) -> bool:
         """Carry out what has been asked for since the last step; waits when there is no work.
