@@ -47,7 +47,7 @@ class Twins:
     def compare(self, what: str, got: torch.Tensor, want: torch.Tensor) -> None:
         assert got.shape == want.shape, (what, got.shape, want.shape)
         gap = (got.float() - want.float()).abs().max().item() if want.numel() else 0.0
-        assert gap == gap and gap < BOUND, f"{what}: differs by {gap:.2e}"
+        assert gap < BOUND, f"{what}: differs by {gap:.2e}"
         self.worst = max(self.worst, gap)
 
     def compare_states(self) -> None:

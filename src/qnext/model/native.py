@@ -7,7 +7,7 @@ projections, mixers and experts in the order of ``model.py``, activations in flo
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class NativeModel:
 
     # -- building --------------------------------------------------------------------------------
 
-    def _build(self) -> object:
+    def _build(self) -> Any:
         config, n = self.config, self._native
         shape = n.Shape()
         shape.hidden, shape.vocabulary = config.hidden_size, config.vocab_size
@@ -152,7 +152,7 @@ class NativeModel:
             decoder.mtp_layer = layer
         return decoder
 
-    def _layer(self, prefix: str, kind: str, *, sparse: bool) -> object:
+    def _layer(self, prefix: str, kind: str, *, sparse: bool) -> Any:
         layer = self._native.Layer()
         self._floats(layer, "input_norm", prefix + "input_layernorm.weight", norm=True)
         self._floats(layer, "post_norm", prefix + "post_attention_layernorm.weight", norm=True)
@@ -184,7 +184,7 @@ class NativeModel:
             layer.shared_gate = self._matrix(mlp + "shared_expert_gate.weight")
         return layer
 
-    def _feed_forward(self, prefix: str, width: int) -> object:
+    def _feed_forward(self, prefix: str, width: int) -> Any:
         ff = self._native.FeedForward()
         ff.width = width
         ff.gate = self._matrix(prefix + "gate_proj.weight")
@@ -192,7 +192,7 @@ class NativeModel:
         ff.down = self._matrix(prefix + "down_proj.weight")
         return ff
 
-    def _experts(self, prefix: str) -> list[object]:
+    def _experts(self, prefix: str) -> list[Any]:
         width, found = self.config.moe_intermediate_size, []
         gate_up = self._weights[prefix + "gate_up_proj"]
         down = self._weights[prefix + "down_proj"]
@@ -204,21 +204,21 @@ class NativeModel:
             found.append(ff)
         return found
 
-    def _expert(self, weight: Weight, e: int) -> object:
+    def _expert(self, weight: Weight, e: int) -> Any:
         if isinstance(weight, Tensor):
             return self._of_tensor(weight[e])
-        assert hasattr(weight, "stride"), weight
+        assert not isinstance(weight, Packed), weight
         data = weight.data.flatten()[e * weight.stride : (e + 1) * weight.stride]
         return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
 
-    def _matrix(self, name: str) -> object:
+    def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
             return self._of_tensor(weight)
         assert not hasattr(weight, "stride"), name
         return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, weight.data)
 
-    def _of_tensor(self, weight: Tensor) -> object:
+    def _of_tensor(self, weight: Tensor) -> Any:
         weight = weight.detach()
         if weight.dtype not in _TORCH:
             weight = weight.float()
@@ -228,14 +228,14 @@ class NativeModel:
         rows, cols = weight.shape
         return self._native.Matrix(FORMATS[_TORCH[weight.dtype]], rows, cols, data.flatten())
 
-    def _conv(self, layer: object, where: str) -> None:
+    def _conv(self, layer: Any, where: str) -> None:
         weight = self._weights[where]
         assert isinstance(weight, Tensor), where
         taps_first = weight.detach().float().squeeze(1).t().contiguous()
         self._alive.append(taps_first)
-        layer.set_floats("conv", taps_first.flatten())  # type: ignore[attr-defined]
+        layer.set_floats("conv", taps_first.flatten())
 
-    def _floats(self, owner: object, name: str, where: str, *, norm: bool = False) -> None:
+    def _floats(self, owner: Any, name: str, where: str, *, norm: bool = False) -> None:
         weight = self._weights[where]
         assert isinstance(weight, Tensor), where
         values = weight.detach().float()
@@ -243,7 +243,7 @@ class NativeModel:
             values = 1.0 + values
         values = values.flatten().contiguous()
         self._alive.append(values)
-        owner.set_floats(name, values)  # type: ignore[attr-defined]
+        owner.set_floats(name, values)
 
 
 def _format_of(weight: Weight) -> str:
@@ -284,7 +284,7 @@ class DeferredCache(HybridCache):
         """By slot: pending tokens that were accepted and are not in the state yet."""
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
-        model.decoder.set_cache(  # type: ignore[attr-defined]
+        model.decoder.set_cache(
             self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
             model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8), num_slots,
             MOST_PENDING, self.pending, self.pending_window.view(torch.uint8),
@@ -303,7 +303,7 @@ class DeferredCache(HybridCache):
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
-            self.model.decoder.settle(slot, self.kept[slot])  # type: ignore[attr-defined]
+            self.model.decoder.settle(slot, self.kept[slot])
             self.kept[slot] = 0
 
     def copy_slot(self, source: int, target: int) -> None:
