@@ -34,6 +34,7 @@ from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
+from qnext.text.places import message_places
 from qnext.text.tokenizer import Detokenizer, Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
@@ -338,7 +339,8 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, choice=choice, hints=hints)
+        places = message_places(self.tokenizer, ids)
+        request = self._request(ids, params, choice=choice, hints=hints, places=places)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -354,6 +356,7 @@ class LLM:
         *,
         choice: int = 0,
         hints: tuple[tuple[int, str], ...] = (),
+        places: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
         return Request(
@@ -364,6 +367,7 @@ class LLM:
             bad_ids=self._bad_ids(params.bad_words),
             choice=choice,
             hints=hints,
+            places=places,
             score_only=score_only,
         )
 

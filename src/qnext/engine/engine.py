@@ -660,7 +660,8 @@ def _usage(sequence: Running) -> Usage:
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=len(sequence.output_ids),
-        cached_tokens=sequence.cached or 0,
+        cached_tokens=sequence.report.cached if sequence.report else 0,
+        cache=sequence.report,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         near_ties=sequence.near_ties,
