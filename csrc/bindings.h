@@ -24,5 +24,6 @@ ThreadPool& pool();
 // One function per family of kernels registers what Python may call.
 void bind_gated_delta(nb::module_& m);
 void bind_norm(nb::module_& m);
+void bind_linear(nb::module_& m);
 
 }  // namespace qnext

@@ -47,4 +47,5 @@ NB_MODULE(_native, m) {
   m.def("set_threads", &set_threads);
   bind_gated_delta(m);
   bind_norm(m);
+  bind_linear(m);
 }

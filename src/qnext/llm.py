@@ -86,6 +86,20 @@ class Completion:
     others: "tuple[Completion, ...]" = ()
     """Further answers to the same prompt when ``n`` is more than 1."""
 
+    @property
+    def total_usage(self) -> Usage:
+        """Tokens of all answers to the prompt together; the prompt itself was run once."""
+        several = [self.usage, *(one.usage for one in self.others)]
+        return replace(
+            self.usage,
+            completion_tokens=sum(one.completion_tokens for one in several),
+            reasoning_tokens=sum(one.reasoning_tokens for one in several),
+            drafted_tokens=sum(one.drafted_tokens for one in several),
+            accepted_tokens=sum(one.accepted_tokens for one in several),
+            forced_tokens=sum(one.forced_tokens for one in several),
+            near_ties=sum(one.near_ties for one in several),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
@@ -118,6 +132,7 @@ class TextReader:
         conversation: Conversation | None = None,
     ) -> None:
         self.request, self.conversation = request, conversation
+        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
         self.stopped = False
         self._texts = self._reasoning = ""
         self._bytes = Detokenizer(tokenizer, skip_special=True)
@@ -128,6 +143,14 @@ class TextReader:
         self._reasoning_tokens = 0
         self._used = 0
         self._ended = False
+
+    def alike(self, request: Request) -> "TextReader":
+        """A reader of another answer to the same prompt."""
+        tokenizer, split, starts = self._settings
+        return TextReader(
+            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
+            conversation=self.conversation,
+        )  # fmt: skip
 
     def push(self, event: Event) -> Delta | None:
         """Feed one event; returns what has become final, or None."""
@@ -309,14 +332,14 @@ class LLM:
         return SamplingParams(**{**settings, **overrides})
 
     def prepare_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, choice: int = 0
+        self, prompt: str | Sequence[int], params: SamplingParams
     ) -> tuple[Request, TextReader]:
-        """A request that continues plain text or token ids; answer ``choice`` of ``params.n``."""
+        """A request that continues plain text or token ids."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        request = self._request(ids, params, choice=choice)
+        request = self._request(ids, params)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -329,7 +352,6 @@ class LLM:
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        choice: int = 0,
     ) -> tuple[Request, TextReader]:
         """A request that answers a conversation through the checkpoint's chat template."""
         options = {**(template_options or {}), "tools": tools}
@@ -340,7 +362,7 @@ class LLM:
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
         places = message_places(self.tokenizer, ids)
-        request = self._request(ids, params, choice=choice, hints=hints, places=places)
+        request = self._request(ids, params, hints=hints, places=places)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -354,7 +376,6 @@ class LLM:
         ids: Sequence[int],
         params: SamplingParams,
         *,
-        choice: int = 0,
         hints: tuple[tuple[int, str], ...] = (),
         places: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
@@ -365,7 +386,6 @@ class LLM:
             params=params,
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
-            choice=choice,
             hints=hints,
             places=places,
             score_only=score_only,
@@ -397,7 +417,7 @@ class LLM:
         if several and all(isinstance(item, int) for item in several):
             several = [several]  # one prompt of token ids
         prepared = [
-            [self.prepare_text(prompt, one, choice=c) for c in range(one.n)]  # type: ignore[arg-type]
+            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -438,12 +458,9 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        pairs = [
-            self.prepare_chat(
-                messages, params, enable_thinking=enable_thinking, tools=tools, choice=choice
-            )
-            for choice in range(params.n)
-        ]
+        pairs = self._choices(
+            *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
+        )
         with self._submitted(pairs) as names:
             return self._gather(names, thinks=True)
 
@@ -466,6 +483,17 @@ class LLM:
         else:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return Stream(self, self._submit(*pair))
+
+    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+        """The ``n`` answers to one prompt, which is run once for all of them."""
+        pairs = [(request, reader)]
+        if request.params.n > 1:
+            first = replace(request, group=request.id)
+            pairs = [(first, reader.alike(first))]
+            for choice in range(1, request.params.n):
+                other = replace(first, id=f"request-{next(self._numbers)}", choice=choice)
+                pairs.append((other, reader.alike(other)))
+        return pairs
 
     def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
         """The answers to one prompt: the first, with the others attached."""

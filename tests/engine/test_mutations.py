@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import replace
 import traceback
 from dataclasses import replace
 

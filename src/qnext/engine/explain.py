@@ -136,10 +136,12 @@ class CacheLog:
         self._kept: deque[tuple[str, CacheReport]] = deque(maxlen=MAX_KEPT)
         self._sums: Counter[str] = Counter()
 
-    def add(self, request_id: str, report: CacheReport) -> None:
-        """Note what was reused for a request."""
+    def add(self, request_id: str, report: CacheReport, *, counted: bool = True) -> None:
+        """Note what was reused for a request; of several answers to a prompt one is counted."""
         with self._mutex:
             self._kept.append((request_id, report))
+            if not counted:
+                return
             self._sums["requests"] += 1
             self._sums["prompt_tokens"] += report.prompt_tokens
             self._sums["cached_tokens"] += report.cached

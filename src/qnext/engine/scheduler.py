@@ -100,6 +100,14 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
+    def family(self) -> tuple[object, ...] | None:
+        """What it shares with requests that can go on from its prompt; None once it answers."""
+        request = self.request
+        if not request.group or self.output_ids or request.score_only:
+            return None
+        return (request.group, request.prompt_ids, request.params.prompt_logprobs)
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of its prompt are still to be computed."""
         request = self.request
@@ -124,6 +132,16 @@ class Sequence:
         if start >= split:
             return self.output_ids[start - split : end - split]
         return [*prompt[start:end], *self.output_ids[: max(end - split, 0)]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a sequence can start: a snapshot, or another one that runs the same prompt."""
+
+    length: int
+    slot: int
+    pages: list[int]
+    mtp_first: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,9 +286,11 @@ class Scheduler:
         items = []
         for sequence in decoding:
             # A prompt of one token, or the last token of a prompt, may plant a snapshot too; the
-            # state in the middle of drafts is not settled, so then nothing is drafted.
+            # state in the middle of drafts is not settled, so then nothing is drafted. The same
+            # holds where others are to go on from the end of its prompt.
             captures = self._captures(sequence, sequence.done + 1) if sequence.plants else ()
-            drafts = 0 if captures else min(len(sequence.drafts), budget - reserve)
+            settled = captures or self.twins(sequence)
+            drafts = 0 if settled else min(len(sequence.drafts), budget - reserve)
             del sequence.drafts[max(drafts, 0) :]
             budget -= len(sequence.drafts)
             count = 1 + len(sequence.drafts)
@@ -324,7 +344,10 @@ class Scheduler:
         blocked: list[Sequence] = []
         admitted: list[Sequence] = []
         reachable: int | None = None
+        in_prompt = {s.family for s in self.running} - {None}
         for sequence in list(self.waiting):
+            if sequence.family in in_prompt:
+                continue  # it goes on from there when that prompt has run
             if len(self.running) >= self.num_slots:
                 break
             if any(one.bypassed >= MAX_BYPASS for one in blocked):
@@ -337,6 +360,8 @@ class Scheduler:
                     self.log.add(sequence.request.id, sequence.report)
                 reachable = None
                 admitted.append(sequence)
+                if sequence.family is not None:
+                    in_prompt.add(sequence.family)
                 for one in blocked:
                     one.bypassed += 1
             else:
@@ -376,6 +401,8 @@ class Scheduler:
         finally:
             if snapshot is not None:
                 snapshot.pinned -= 1
+        if snapshot is not None:
+            self.prefix.use(snapshot)
         sequence.plants = self._plants(sequence, 0 if sequence.scores_prompt else match.known)
         return True
 
@@ -414,8 +441,8 @@ class Scheduler:
             sequence.found = (version, length, match)
         return sequence.found[2]
 
-    def _start(self, sequence: Sequence, snapshot: Snapshot | None, need: int) -> None:
-        """Give a sequence its slot and pages, from a snapshot or from nothing."""
+    def _start(self, sequence: Sequence, snapshot: Snapshot | Origin | None, need: int) -> None:
+        """Give a sequence its slot and pages, from some state of its prefix or from nothing."""
         fresh = self.pool.take(need)
         if snapshot is None:
             sequence.slot = self.slots.open()
@@ -432,10 +459,39 @@ class Scheduler:
             sequence.pages = [*shared, *fresh]
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
-            self.prefix.use(snapshot)
         sequence.ran, sequence.found = 0, None
         self.waiting.remove(sequence)
         self.running.append(sequence)
+
+    # -- several answers to one prompt -----------------------------------------------------------
+
+    def twins(self, sequence: Sequence) -> list[Sequence]:
+        """Requests that wait for a sequence to run the prompt they share with it."""
+        family = sequence.family
+        return [] if family is None else [s for s in self.waiting if s.family == family]
+
+    def fork(self, source: Sequence, sequence: Sequence) -> bool:
+        """Start a waiting sequence where a running one is, if it is its turn and there is room.
+
+        Full pages are shared, a page that is not full and the state are copied.
+        """
+        assert source.slot is not None
+        if len(self.running) >= self.num_slots:
+            return False
+        if any(one.order < sequence.order for one in self.waiting):
+            return False
+        need = self._pages(self._reach(sequence)) - source.done // self.page_size
+        if not self._have(need + len(self.running)):
+            return False
+        origin = Origin(
+            length=source.done,
+            slot=source.slot,
+            pages=source.pages,
+            mtp_first=source.mtp_first if source.mtp_len >= source.done else source.done,
+        )
+        self._start(sequence, origin, need)
+        self._age(self.waiting, [sequence])
+        return True
 
     def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
         """Where this prompt should leave snapshots, the most useful first, in order of length.
