@@ -30,7 +30,7 @@ from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
-from qnext.engine.sizes import CacheSizes
+from qnext.engine.sizes import MAX_BACKLOG, CacheSizes
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.tier import DiskTier
 from qnext.engine.ties import tie_bound
@@ -41,9 +41,6 @@ from qnext.model.model import CausalLM
 
 DRAIN_S = 10.0
 """Time to write the prefix cache to disk when the engine is closed."""
-MAX_BACKLOG = 256
-"""Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -126,6 +123,8 @@ class Engine:
             max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
+            max_drafts=DraftPolicy(setting).limit,
+            rollback=rollback,
         )
         runner = Runner(
             model,
@@ -555,7 +554,7 @@ class Engine:
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
             s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
-            or s not in counts
+            or (s not in counts and not self.policy.rests)
         ]  # fmt: skip
         if not reading:
             return
