@@ -6,11 +6,12 @@ events of one request to pieces of text that never have to be taken back.
 
 import itertools
 import json
+import logging
 import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from qnext.engine.request import (
     TokenLogprobs,
     Usage,
 )
-from qnext.errors import BackendError, RequestError, TokenizerError
+from qnext.engine.sizes import check_counts
+from qnext.errors import BackendError, ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
-from qnext.text.chat import ChatTemplate, opens_thinking
+from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
@@ -40,6 +42,7 @@ from qnext.weights.checkpoint import load_model, resolve_model
 from qnext.weights.fingerprint import fingerprint
 
 Message = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 MAX_ANSWERED = 4
 """Conversations remembered whose next turn may be prepared."""
@@ -140,6 +143,7 @@ class TextReader:
         self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
         self._thinking = starts_in_reasoning
         self._reasoning_tokens = 0
+        self._has_thought = False
         self._used = 0
         self._ended = False
 
@@ -172,6 +176,7 @@ class TextReader:
         self._ended = ends or self.stopped
         self._used += used
         text, reasoning = self._split(raw)
+        self._has_thought = self._has_thought or self._parser is None or bool(reasoning.strip())
         delta = Delta(
             text=text,
             reasoning=reasoning,
@@ -180,7 +185,8 @@ class TextReader:
             usage=replace(
                 event.usage,
                 completion_tokens=self._used,
-                reasoning_tokens=self._reasoning_tokens,
+                # The newlines of a block that was left empty are no reasoning.
+                reasoning_tokens=self._reasoning_tokens if self._has_thought else 0,
             ),
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
@@ -247,9 +253,18 @@ class LLM:
         cache_dir: str | Path | None = None,
         cache_disk_limit: str | int = "10GiB",
     ) -> None:
+        check_counts(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens,
+        )  # fmt: skip
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
         template = ChatTemplate.from_folder(folder)
+        if template.origin == BUILTIN_ORIGIN:
+            _log.warning(
+                "%s has no chat template: conversations use the built-in one of Qwen3. Put the "
+                "model's own into chat_template.jinja if it has another format.", folder,
+            )  # fmt: skip
         self.name = folder.name
         self._assemble(
             load_model(
@@ -295,9 +310,14 @@ class LLM:
         self.model, self.config = model.eval(), model.config
         self.tokenizer, self.template = tokenizer, template
         self._generation = generation
+        self.eos_ids = self._end_ids()
         self.engine = Engine(model, defined_ids=tokenizer.vocab_size, **engine)
         self.max_model_len = self.engine.max_model_len
-        self.eos_ids = self._end_ids()
+        if (engine.get("max_model_len") or 0) > self.max_model_len:
+            _log.warning(
+                "max_model_len: %s tokens were asked for, the model's context holds %s; these "
+                "are used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
+            )  # fmt: skip
         self._numbers = itertools.count()
         self._answered: deque[tuple[Conversation, Message]] = deque(
             maxlen=MAX_ANSWERED if background_prefill and self.engine.prefix.num_slots else 0
@@ -409,9 +429,7 @@ class LLM:
         A single string is a list of one. ``params`` may be one for all or one per prompt. A
         progress bar is shown on a terminal when there is more than one prompt.
         """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        if several and all(isinstance(item, int) for item in several):
-            several = [several]  # one prompt of token ids
+        several = _several(prompts)
         prepared = [
             self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
@@ -426,7 +444,7 @@ class LLM:
 
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = _several(prompts)
         params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
@@ -613,6 +631,13 @@ class LLM:
         ids.update([named] if isinstance(named, int) else named or [])
         if self.tokenizer.eos_id is not None:
             ids.add(self.tokenizer.eos_id)
+        limit = self.config.vocab_size
+        wrong = [token for token in ids if type(token) is not int or not 0 <= token < limit]
+        if wrong:
+            raise ConfigError(
+                f"eos_token_id: {wrong[0]!r} is no id of the vocabulary (0 ... {limit - 1}), so no "
+                "answer could end with it. Correct it in generation_config.json or config.json."
+            )
         return tuple(sorted(ids))
 
 
@@ -679,6 +704,21 @@ def _generation_config(folder: Path) -> dict[str, Any]:
         raise RequestError(f"{file} is not valid JSON: {error}.") from None
     if not isinstance(found, dict):
         raise RequestError(f"{file}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _several(prompts: Any) -> list[Any]:
+    """A list of prompts, each a text or a list of token ids; RequestError for anything else."""
+    if isinstance(prompts, str):
+        return [prompts]
+    found = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if found and isinstance(prompts, Iterable) and all(type(item) is int for item in found):
+        return [found]  # one prompt of token ids
+    for number, item in enumerate(found):
+        is_ids = isinstance(item, Sequence) and all(type(token) is int for token in item)
+        if not isinstance(item, str) and not is_ids:
+            where = f"prompt {number}" if isinstance(prompts, Iterable) else "prompts"
+            raise RequestError(f"{where}: expected a text, or a list of token ids, found {item!r}.")
     return found
 
 

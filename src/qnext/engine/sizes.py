@@ -12,6 +12,16 @@ MAX_BACKLOG = 256
 """Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
 
 
+def check_counts(**counts: int | None) -> None:
+    """RequestError for a count that is not a whole number of at least 1; None is left out."""
+    for name, value in counts.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise RequestError(
+                f"{name}: expected a whole number of at least 1, found {value!r}. Leave it out "
+                "for the default."
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSizes:
     """How a memory budget is spent."""
