@@ -7,7 +7,6 @@ text, is in ``answers.py``.
 import itertools
 import json
 import logging
-import re
 import sys
 import weakref
 from collections import deque
@@ -27,13 +26,14 @@ from qnext.engine.request import (
     Request,
     SamplingParams,
 )
-from qnext.engine.sizes import check_counts
+from qnext.engine.sizes import check_counts, parse_bytes
 from qnext.errors import BackendError, ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
+from qnext.text.places import message_places
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
@@ -205,7 +205,8 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, hints=hints)
+        places = message_places(self.tokenizer, ids)
+        request = self._request(ids, params, hints=hints, places=places)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -220,6 +221,7 @@ class LLM:
         params: SamplingParams,
         *,
         hints: tuple[tuple[int, str], ...] = (),
+        places: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
         return Request(
@@ -229,6 +231,7 @@ class LLM:
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
             hints=hints,
+            places=places,
             score_only=score_only,
         )
 
@@ -545,18 +548,3 @@ def _several(prompts: Any) -> list[Any]:
             where = f"prompt {number}" if isinstance(prompts, Iterable) else "prompts"
             raise RequestError(f"{where}: expected a text, or a list of token ids, found {item!r}.")
     return found
-
-
-_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[f"{_letter}iB"] = 1024**_power
-    _UNITS[f"{_letter}B"] = 1000**_power
-
-
-def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
-    """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
-    found = _AMOUNT.fullmatch(str(amount).strip())
-    if found is None or found[2] not in _UNITS:
-        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])
