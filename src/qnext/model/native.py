@@ -5,7 +5,7 @@ gradients and no taps; a model that needs those is a CausalLM. What is computed 
 projections, mixers and experts in the order of ``model.py``, activations in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -26,27 +26,27 @@ MOST_PENDING = 8
 
 
 class Packed(Protocol):
-    """A weight in one of the packed formats, as ``qnext.weights.formats`` makes it."""
+    """A matrix in one of the packed formats, as ``qnext.weights.formats`` makes it."""
 
-    format: str
-    rows: int
-    cols: int
-    data: Tensor
-    """uint8, on a 64-byte line."""
-
-
-class PackedExperts(Protocol):
-    """All experts of one projection: ``count`` matrices, ``stride`` bytes from one to the next."""
-
-    format: str
-    count: int
-    rows: int
-    cols: int
-    data: Tensor
-    stride: int
+    @property
+    def format(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def data(self) -> Tensor: ...
 
 
-Weight = Tensor | Packed | PackedExperts
+class PackedStack(Protocol):
+    """Packed matrices of one shape: all experts of a layer, or the one pair of a dense part."""
+
+    @property
+    def format(self) -> str: ...
+    def matrix(self, index: int) -> Packed: ...
+
+
+Weight = Tensor | Packed | PackedStack
 
 
 def unfit(
@@ -70,9 +70,11 @@ def unfit(
 class NativeModel:
     """A decoder with weights in any of the native formats.
 
-    ``weights`` maps the checkpoint's tensor names to tensors or packed weights, experts stacked
-    under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``. ``dtype`` is that of keys,
-    values and convolution windows. Raises BackendError when ``unfit`` has a reason.
+    ``weights`` maps the checkpoint's tensor names to tensors or packed weights; experts may be
+    stacked under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``, and gate and up of a
+    dense part packed as one ``gate_up_proj.weight``. ``dtype`` is that of keys, values and
+    convolution windows. With ``invariant`` a token's numbers depend on the tokens before it alone,
+    not on batch, chunks, drafts or threads. Raises BackendError when ``unfit`` has a reason.
     """
 
     def __init__(
@@ -187,36 +189,42 @@ class NativeModel:
     def _feed_forward(self, prefix: str, width: int) -> Any:
         ff = self._native.FeedForward()
         ff.width = width
-        ff.gate = self._matrix(prefix + "gate_proj.weight")
-        ff.up = self._matrix(prefix + "up_proj.weight")
-        ff.down = self._matrix(prefix + "down_proj.weight")
+        if f"{prefix}gate_up_proj.weight" in self._weights:
+            ff.gate_up = self._stacked(f"{prefix}gate_up_proj.weight", 0)
+        else:
+            ff.gate = self._matrix(f"{prefix}gate_proj.weight")
+            ff.up = self._matrix(f"{prefix}up_proj.weight")
+        ff.down = self._matrix(f"{prefix}down_proj.weight")
         return ff
 
-    def _experts(self, prefix: str) -> list[Any]:
-        width, found = self.config.moe_intermediate_size, []
-        gate_up = self._weights[prefix + "gate_up_proj"]
-        down = self._weights[prefix + "down_proj"]
+    def _experts(self, prefix: str) -> Iterator[Any]:
+        width = self.config.moe_intermediate_size
+        stacked = f"{prefix}gate_up_proj" in self._weights
         for e in range(self.config.num_experts):
+            if not stacked:
+                yield self._feed_forward(f"{prefix}{e}.", width)
+                continue
             ff = self._native.FeedForward()
             ff.width = width
-            ff.gate_up = self._expert(gate_up, e)
-            ff.down = self._expert(down, e)
-            found.append(ff)
-        return found
+            ff.gate_up = self._stacked(f"{prefix}gate_up_proj", e)
+            ff.down = self._stacked(f"{prefix}down_proj", e)
+            yield ff
 
-    def _expert(self, weight: Weight, e: int) -> Any:
+    def _stacked(self, name: str, index: int) -> Any:
+        weight = self._weights[name]
         if isinstance(weight, Tensor):
-            return self._of_tensor(weight[e])
-        assert not isinstance(weight, Packed), weight
-        data = weight.data.flatten()[e * weight.stride : (e + 1) * weight.stride]
-        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
+            return self._of_tensor(weight[index])
+        return self._of_packed(weight.matrix(index))  # type: ignore[union-attr]
 
     def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
             return self._of_tensor(weight)
-        assert not hasattr(weight, "stride"), name
-        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, weight.data)
+        return self._of_packed(weight)  # type: ignore[arg-type]
+
+    def _of_packed(self, weight: Packed) -> Any:
+        data = weight.data.flatten()
+        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
 
     def _of_tensor(self, weight: Tensor) -> Any:
         weight = weight.detach()
