@@ -5,11 +5,13 @@ loaded and torch is not imported. FLOPs count a multiply-add as two. The figures
 models (technical report and model cards of Qwen3 and Qwen3-Next) are reproduced by the tests.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError
+from qnext.quantization import Bits, matrix_bytes
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 """Bytes of one number. ``fp8`` is not here: it keeps part of the weights in bfloat16."""
@@ -18,6 +20,12 @@ FP8_BLOCK = 128
 CHUNK = 64
 """Tokens the chunked delta rule solves at once."""
 MTP = "mtp"
+PACKED_AS = {
+    "routed_experts": "experts", "shared_experts": "shared", "dense_mlps": "shared",
+    "delta_layers": "attention", "attention_layers": "attention", "lm_head": "head",
+    "embedding": "embedding", MTP: "mtp",
+}  # fmt: skip
+"""Component -> the field of ``Bits`` that decides about its large matrices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +42,30 @@ class Weight:
     """Whether it enters a matrix product; norms, decay terms and convolutions do not."""
     has_fp8: bool = False
     """Whether the published FP8 checkpoints store it in FP8."""
+    can_pack: bool = False
+    """Whether ``qnext quantize`` packs it although FP8 checkpoints do not store it in FP8."""
 
     @property
     def size(self) -> int:
         """Numbers in one of the tensors."""
         return prod(self.shape)
+
+    def format(self, bits: Bits | None, *, tied: bool = False) -> str | None:
+        """q8 or q4 where a model of these bits packs it, else None."""
+        if bits is None or self.component not in PACKED_AS:
+            return None
+        if not self.has_fp8 and not self.can_pack:
+            return None
+        part = "head" if tied and self.component == "embedding" else PACKED_AS[self.component]
+        return bits.formats[part]
+
+    def packed_bytes(self, bits: Bits | None, dtype: str, *, tied: bool = False) -> float:
+        """Bytes of one of the tensors, packed or in ``dtype``; padding included."""
+        format = self.format(bits, tied=tied)
+        if format is None:
+            return self.nbytes(dtype)
+        rows, cols = self.shape
+        return matrix_bytes(format, rows, cols)
 
     def nbytes(self, dtype: str) -> float:
         """Bytes of one of the tensors in a checkpoint of this dtype, scales included."""
@@ -99,9 +126,16 @@ def inventory(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, equal shapes grouped."""
     D, V = config.hidden_size, config.vocab_size
     weights = [
-        Weight(component="embedding", shape=(V, D), used=0, is_matrix=False),
+        Weight(
+            component="embedding", shape=(V, D), used=0, is_matrix=False, can_pack=True
+        ),
         # A tied head is stored as the embedding and still multiplies every token.
-        Weight(component="lm_head", shape=(V, D), stored=0 if config.tie_word_embeddings else 1),
+        Weight(
+            component="lm_head",
+            shape=(V, D),
+            stored=0 if config.tie_word_embeddings else 1,
+            can_pack=True,
+        ),
         Weight(component="norms", shape=(D,), is_matrix=False),
     ]
     for i, kind in enumerate(config.layer_types):
@@ -187,14 +221,17 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 # -- bytes -------------------------------------------------------------------------------------
 
 
-def weight_bytes(config: ModelConfig, dtype: str = "bfloat16", *, mtp: bool = True) -> int:
+def weight_bytes(
+    config: ModelConfig, dtype: str = "bfloat16", *, mtp: bool = True, bits: Bits | None = None
+) -> int:
     """Bytes of a checkpoint in this dtype: ``float32``, ``bfloat16``, ``float16`` or ``fp8``.
 
     ``fp8`` is the published layout: the large matrices in 8 bits with one float32 scale for each
-    128 by 128 block, the rest in bfloat16.
+    128 by 128 block, the rest in bfloat16. With ``bits`` what they name is packed.
     """
     chosen = inventory(config) if mtp else _main(config)
-    return round(sum(w.stored * w.nbytes(dtype) for w in chosen))
+    tied = config.tie_word_embeddings
+    return round(sum(w.stored * w.packed_bytes(bits, dtype, tied=tied) for w in chosen))
 
 
 def kv_bytes_per_token(
@@ -291,6 +328,87 @@ def decode_bytes(config: ModelConfig, dtype: str = "bfloat16", *, context: int) 
     )
 
 
+# -- steps -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """What one step of the main model moves and computes at least."""
+
+    weights: float
+    """Bytes read: every matrix once, of the routed experts those that were chosen."""
+    kv: float
+    """Bytes read: keys and values of the contexts."""
+    state: float
+    """Bytes read and written: recurrent states and convolution windows."""
+    integer_operations: float
+    """Operations (an addition is one, a product is one) with packed weights."""
+    float_operations: float
+    """Operations with other weights, in attention and in the delta rule."""
+
+    @property
+    def bytes(self) -> float:
+        """All that has to pass through memory."""
+        return self.weights + self.kv + self.state
+
+    def seconds(self, *, bandwidth: float, integers: float, floats: float) -> float:
+        """The limit: the larger of byte time and operation time, given what there is per second."""
+        operations = self.integer_operations / integers + self.float_operations / floats
+        return max(self.bytes / bandwidth, operations)
+
+
+def step_cost(
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    *,
+    bits: Bits | None = None,
+    contexts: Sequence[int],
+    rows: int = 1,
+    logit_rows: int | None = None,
+    experts: float | None = None,
+) -> StepCost:
+    """One step of ``len(contexts)`` sequences with ``rows`` new tokens each.
+
+    ``contexts`` are the tokens each sequence has already. ``logit_rows`` counts tokens the head is
+    run on (all, if left out). ``experts`` counts the distinct routed experts that were read, summed
+    over the layers; left out, those of a single token. Recurrent states are read and written once
+    per sequence, keys and values read once, however many rows there are.
+    """
+    tied, cache = config.tie_word_embeddings, cache_dtype(dtype)
+    tokens = rows * len(contexts)
+    logit_rows = tokens if logit_rows is None else logit_rows
+    weights = integers = floats = 0.0
+    for weight in _main(config):
+        size = weight.packed_bytes(bits, dtype, tied=tied)
+        if weight.component == "embedding":
+            weights += tokens * size / weight.shape[0]
+            continue
+        read = float(weight.used)
+        if weight.component == "routed_experts" and experts is not None:
+            # The two kinds of matrices of an expert, of all sparse layers, share one count.
+            layers = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
+            read *= experts / layers / config.num_experts_per_tok
+        weights += read * size
+        if weight.is_matrix:
+            count = logit_rows if weight.component == "lm_head" else tokens
+            operations = 2.0 * weight.used * weight.size * count
+            if weight.format(bits, tied=tied) is None:
+                floats += operations
+            else:
+                integers += operations
+    seen = sum(rows * context + rows * (rows + 1) // 2 for context in contexts)
+    floats += attention_flops(config) * seen
+    floats += delta_flops(config, chunked=rows >= CHUNK) * tokens
+    state = state_bytes_per_sequence(config) + conv_bytes_per_sequence(config, cache)
+    return StepCost(
+        weights=weights,
+        kv=float(kv_bytes_per_token(config, cache) * sum(contexts)),
+        state=2.0 * state * len(contexts),
+        integer_operations=integers,
+        float_operations=floats,
+    )
+
+
 # -- shapes ------------------------------------------------------------------------------------
 
 
@@ -362,7 +480,7 @@ def _feed_forward(config: ModelConfig, *, sparse: bool, mtp: bool = False) -> li
 def _mtp(config: ModelConfig) -> list[Weight]:
     D = config.hidden_size
     return [
-        Weight(component=MTP, shape=(D, 2 * D)),
+        Weight(component=MTP, shape=(D, 2 * D), can_pack=True),
         *_attention(config, MTP),
         *_feed_forward(config, sparse=config.num_experts > 0, mtp=True),
         Weight(component=MTP, shape=(D,), stored=5, used=5, is_matrix=False),
