@@ -187,6 +187,8 @@ def test_several_answers_to_one_prompt(llm):
     assert len(set(texts)) == 3
     assert llm.generate("The fox", params)[0] == found
     assert llm.generate("The fox", replace(params, n=1))[0].text == found.text
+    assert found.total_usage.prompt_tokens == found.usage.prompt_tokens
+    assert found.total_usage.completion_tokens == 36
     with pytest.raises(RequestError, match="n must be 1, found 3"):
         llm.stream("The fox", params)
 

@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
     "native": {"errors"},
-    "cost": {"config", "errors"},
+    "quantization": {"errors"},
+    "cost": {"config", "quantization", "errors"},
     "ops": {"native", "errors"},
     "model": {"ops", "native", "config", "errors"},
-    "weights": {"model", "ops", "native", "config", "errors"},
+    "weights": {"model", "ops", "native", "config", "quantization", "errors"},
     "text": {"errors"},
     "engine": {"model", "ops", "native", "config", "cost", "errors"},
     "llm": {"engine", "model", "ops", "text", "weights", "config", "errors"},
@@ -47,7 +48,7 @@ CONFINED = {
 
 # Inside the engine, policy is written without tensors.
 WITHOUT_TORCH = ["engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/worth.py",
-                 "config.py", "cost.py", "errors.py"]  # fmt: skip
+                 "config.py", "cost.py", "quantization.py", "errors.py"]  # fmt: skip
 
 MAX_LINES = 700
 

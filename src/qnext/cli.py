@@ -57,21 +57,21 @@ def main(argv: list[str] | None = None) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     """Continue a prompt."""
     prompt = _read_prompt(arguments)
-    llm = _load(arguments)
-    params = _sampling(llm, arguments, max_tokens=arguments.max_tokens)
-    if arguments.json:
-        [completion] = llm.generate(prompt, params)
-        result = {
-            "text": completion.text,
-            "token_ids": list(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-            "usage": completion.usage.as_dict(),
-        }
-        print(json.dumps(result, ensure_ascii=False))
-        return 0
-    for delta in llm.stream(prompt, params):
-        print(delta.text, end="", flush=True)
-    print()
+    with _load(arguments) as llm:
+        params = _sampling(llm, arguments, max_tokens=arguments.max_tokens)
+        if arguments.json:
+            [completion] = llm.generate(prompt, params)
+            result = {
+                "text": completion.text,
+                "token_ids": list(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+                "usage": completion.usage.as_dict(),
+            }
+            print(json.dumps(result, ensure_ascii=False))
+            return 0
+        for delta in llm.stream(prompt, params):
+            print(delta.text, end="", flush=True)
+        print()
     return 0
 
 
@@ -79,14 +79,14 @@ def chat(arguments: argparse.Namespace) -> int:
     """Talk with a model in the terminal."""
     from qnext.terminal_chat import TerminalChat
 
-    llm = _load(arguments)
-    talk = TerminalChat(
-        llm,
-        _sampling(llm, arguments, max_tokens=arguments.max_tokens),
-        system=arguments.system,
-        enable_thinking=arguments.thinking,
-    )
-    return talk.run(sys.stdin, sys.stdout)
+    with _load(arguments) as llm:
+        talk = TerminalChat(
+            llm,
+            _sampling(llm, arguments, max_tokens=arguments.max_tokens),
+            system=arguments.system,
+            enable_thinking=arguments.thinking,
+        )
+        return talk.run(sys.stdin, sys.stdout)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -139,6 +139,9 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
 
     from qnext.llm import LLM
 
+    if arguments.cache_dir is not None and arguments.command != "serve":
+        # What was said is written to the folder on the way out; the server has its own way.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threads = arguments.threads or _threads_for(arguments.model)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -151,6 +154,8 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
         speculative_tokens=arguments.speculative,
         prefix_cache=arguments.prefix_cache,
         batch_invariant=arguments.batch_invariant,
+        cache_dir=arguments.cache_dir,
+        cache_disk_limit=arguments.cache_disk_limit,
         **options,
     )
 
@@ -296,6 +301,14 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
         help="start prompts where earlier ones were (default: yes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-dir", metavar="DIR",
+        help="folder where prefixes survive a restart; it will hold what was said",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-disk-limit", default="10GiB", metavar="AMOUNT",
+        help="room of that folder, per model (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--batch-invariant",

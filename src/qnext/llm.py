@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import sys
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,12 +32,26 @@ from qnext.errors import BackendError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import ChatTemplate, opens_thinking
-from qnext.text.history import stable_lengths
-from qnext.text.parse import ReasoningParser, StopMatcher
+from qnext.text.history import beginning_after, stable_lengths
+from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
+from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
+from qnext.weights.fingerprint import fingerprint
 
 Message = Mapping[str, Any]
+
+MAX_ANSWERED = 4
+"""Conversations remembered whose next turn may be prepared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a chat prompt was made of."""
+
+    messages: tuple[Message, ...]
+    options: Mapping[str, Any]
+    """For the template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +85,20 @@ class Completion:
     others: "tuple[Completion, ...]" = ()
     """Further answers to the same prompt when ``n`` is more than 1."""
 
+    @property
+    def total_usage(self) -> Usage:
+        """Tokens of all answers to the prompt together; the prompt itself was run once."""
+        several = [self.usage, *(one.usage for one in self.others)]
+        return replace(
+            self.usage,
+            completion_tokens=sum(one.completion_tokens for one in several),
+            reasoning_tokens=sum(one.reasoning_tokens for one in several),
+            drafted_tokens=sum(one.drafted_tokens for one in several),
+            accepted_tokens=sum(one.accepted_tokens for one in several),
+            forced_tokens=sum(one.forced_tokens for one in several),
+            near_ties=sum(one.near_ties for one in several),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
@@ -99,9 +128,12 @@ class TextReader:
         *,
         split_reasoning: bool,
         starts_in_reasoning: bool,
+        conversation: Conversation | None = None,
     ) -> None:
-        self.request = request
+        self.request, self.conversation = request, conversation
+        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
         self.stopped = False
+        self._texts = self._reasoning = ""
         self._bytes = Detokenizer(tokenizer, skip_special=True)
         self._stop = StopMatcher(list(request.params.stop))
         self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
@@ -110,6 +142,14 @@ class TextReader:
         self._reasoning_tokens = 0
         self._used = 0
         self._ended = False
+
+    def alike(self, request: Request) -> "TextReader":
+        """A reader of another answer to the same prompt."""
+        tokenizer, split, starts = self._settings
+        return TextReader(
+            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
+            conversation=self.conversation,
+        )  # fmt: skip
 
     def push(self, event: Event) -> Delta | None:
         """Feed one event; returns what has become final, or None."""
@@ -132,7 +172,7 @@ class TextReader:
         self._ended = ends or self.stopped
         self._used += used
         text, reasoning = self._split(raw)
-        return Delta(
+        delta = Delta(
             text=text,
             reasoning=reasoning,
             token_ids=tuple(event.token_ids[:used]),
@@ -145,6 +185,15 @@ class TextReader:
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
         )
+        if self.conversation is not None:
+            self._texts += text
+            self._reasoning += reasoning
+        return delta
+
+    def answer(self) -> Message:
+        """The assistant's message so far, as it would stand in the conversation."""
+        message = {"role": "assistant", "content": self._texts}
+        return {**message, "reasoning_content": self._reasoning} if self._reasoning else message
 
     def _split(self, raw: str) -> tuple[str, str]:
         if self._parser is None:
@@ -171,9 +220,12 @@ class LLM:
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
-    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were.
+    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
+    ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
     ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
-    float32. Not thread-safe: use it from one thread.
+    float32. ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said
+    in conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
+    runs out and by ``close``. Not thread-safe: use it from one thread.
     """
 
     def __init__(
@@ -188,9 +240,12 @@ class LLM:
         max_model_len: int | None = None,
         speculative_tokens: int | str = 0,
         prefix_cache: bool = True,
+        background_prefill: bool = True,
         snapshot_interval: int = 0,
         max_chunk_tokens: int | None = None,
         batch_invariant: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_disk_limit: str | int = "10GiB",
     ) -> None:
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
@@ -212,9 +267,13 @@ class LLM:
             max_model_len=max_model_len,
             speculative_tokens=speculative_tokens,
             prefix_cache=prefix_cache,
+            background_prefill=background_prefill,
             snapshot_interval=snapshot_interval,
             max_chunk_tokens=max_chunk_tokens,
             batch_invariant=batch_invariant,
+            cache_dir=cache_dir,
+            cache_disk_limit=parse_bytes(cache_disk_limit, name="cache_disk_limit"),
+            cache_key=_cache_key(folder) if cache_dir is not None else None,
         )
 
     def _assemble(
@@ -223,6 +282,8 @@ class LLM:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         generation: Mapping[str, Any],
+        *,
+        background_prefill: bool = True,
         **engine: Any,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -238,8 +299,23 @@ class LLM:
         self.max_model_len = self.engine.max_model_len
         self.eos_ids = self._end_ids()
         self._numbers = itertools.count()
+        self._answered: deque[tuple[Conversation, Message]] = deque(
+            maxlen=MAX_ANSWERED if background_prefill and self.engine.prefix.num_slots else 0
+        )
         self._inbox: dict[str, deque[Delta]] = {}
         self._readers: dict[str, TextReader] = {}
+        # Also when nobody calls close(): when this object goes, or the interpreter ends.
+        self._closing = weakref.finalize(self, self.engine.close)
+
+    def close(self) -> None:
+        """Write the prefix cache to ``cache_dir``, if there is one. Harmless when done twice."""
+        self._closing()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -255,14 +331,14 @@ class LLM:
         return SamplingParams(**{**settings, **overrides})
 
     def prepare_text(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, choice: int = 0
+        self, prompt: str | Sequence[int], params: SamplingParams
     ) -> tuple[Request, TextReader]:
-        """A request that continues plain text or token ids; answer ``choice`` of ``params.n``."""
+        """A request that continues plain text or token ids."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        request = self._request(ids, params, choice=choice)
+        request = self._request(ids, params)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -275,7 +351,6 @@ class LLM:
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        choice: int = 0,
     ) -> tuple[Request, TextReader]:
         """A request that answers a conversation through the checkpoint's chat template."""
         options = {**(template_options or {}), "tools": tools}
@@ -285,12 +360,13 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, choice=choice, hints=hints)
+        request = self._request(ids, params, hints=hints)
         return request, TextReader(
             self.tokenizer,
             request,
             split_reasoning=True,
             starts_in_reasoning=opens_thinking(prompt),
+            conversation=Conversation(messages=tuple(messages), options=options),
         )
 
     def _request(
@@ -298,7 +374,6 @@ class LLM:
         ids: Sequence[int],
         params: SamplingParams,
         *,
-        choice: int = 0,
         hints: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
@@ -308,7 +383,6 @@ class LLM:
             params=params,
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
-            choice=choice,
             hints=hints,
             score_only=score_only,
         )
@@ -339,7 +413,7 @@ class LLM:
         if several and all(isinstance(item, int) for item in several):
             several = [several]  # one prompt of token ids
         prepared = [
-            [self.prepare_text(prompt, one, choice=c) for c in range(one.n)]  # type: ignore[arg-type]
+            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -380,12 +454,9 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        pairs = [
-            self.prepare_chat(
-                messages, params, enable_thinking=enable_thinking, tools=tools, choice=choice
-            )
-            for choice in range(params.n)
-        ]
+        pairs = self._choices(
+            *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
+        )
         with self._submitted(pairs) as names:
             return self._gather(names, thinks=True)
 
@@ -408,6 +479,17 @@ class LLM:
         else:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return Stream(self, self._submit(*pair))
+
+    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+        """The ``n`` answers to one prompt, which is run once for all of them."""
+        pairs = [(request, reader)]
+        if request.params.n > 1:
+            first = replace(request, group=request.id)
+            pairs = [(first, reader.alike(first))]
+            for choice in range(1, request.params.n):
+                other = replace(first, id=f"request-{next(self._numbers)}", choice=choice)
+                pairs.append((other, reader.alike(other)))
+        return pairs
 
     def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
         """The answers to one prompt: the first, with the others attached."""
@@ -471,8 +553,58 @@ class LLM:
             delta = reader.push(event)
             if delta is not None:
                 self._inbox[event.request_id].append(delta)
+                if delta.finish_reason is not None:
+                    self.ended(reader, delta.finish_reason)
             if reader.stopped:
                 self.engine.cancel(event.request_id, "stop")
+
+    # -- spare time ------------------------------------------------------------------------------
+
+    def ended(self, reader: TextReader, reason: FinishReason) -> None:
+        """Note that a request has ended, so that ``idle`` may prepare what follows it.
+
+        ``chat`` and ``stream`` do this themselves; it is for those that step the engine.
+        """
+        answer = reader.answer()
+        is_over = reason != "cancelled" and TOOL_OPEN not in answer["content"]
+        if reader.conversation is not None and is_over and reader.request.choice == 0:
+            self._answered.append((reader.conversation, answer))
+
+    def idle(self, max_tokens: int | None = None) -> int:
+        """Use spare time to prepare the next turn of conversations that were answered lately.
+
+        A template may show an answer otherwise than it was written, above all without its
+        reasoning. Run in advance as it will be shown, the next turn costs only its new text. Call
+        it while the user reads or a program does something else; the server does so by itself.
+        Stops after about ``max_tokens``, goes on from there when called again. Returns the number
+        of tokens run: 0 when nothing is left to prepare or an answer is still being written.
+        """
+        total = 0
+        while max_tokens is None or total < max_tokens:
+            count = self.idle_step()
+            if count == 0:
+                break
+            total += count
+        return total
+
+    @property
+    def unprepared(self) -> int:
+        """Conversations for which ``idle`` still has something to do."""
+        return len(self._answered) + len(self.engine.background)
+
+    def idle_step(self) -> int:
+        """One small step of ``idle``; returns the number of tokens run."""
+        while not self.engine.has_work:
+            count = self.engine.idle_step()
+            if count or not self._answered:
+                return count
+            conversation, answer = self._answered.pop()
+            ids = beginning_after(
+                self.template, self.tokenizer, conversation.messages, answer, conversation.options
+            )
+            if ids:
+                self.engine.background.add(ids)
+        return 0
 
     def _end_ids(self) -> tuple[int, ...]:
         """Every id that ends a sequence, from generation_config.json, config.json, tokenizer."""
@@ -530,6 +662,13 @@ def _invariant_ops(folder: Path, dtype: str, device: str) -> Ops:
     return select(OpSpec(device=device), prefer=invariant())
 
 
+def _cache_key(folder: Path) -> dict[str, str]:
+    """What cached keys, values and states depend on beside the configuration."""
+    files = tuple(name for name in KEPT_FILES if not name.startswith("chat_template"))
+    # "tenant" is the place for a salt that keeps users of one server apart.
+    return {"weights": fingerprint(folder, extra=files), "adapter": "", "tenant": ""}
+
+
 def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -550,9 +689,9 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[f"{_letter}B"] = 1000**_power
 
 
-def parse_bytes(amount: str | int) -> int:
+def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
     """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
     found = _AMOUNT.fullmatch(str(amount).strip())
     if found is None or found[2] not in _UNITS:
-        raise RequestError(f"memory: expected an amount such as 2GiB or 500MB, found {amount!r}.")
+        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
     return int(float(found[1]) * _UNITS[found[2]])

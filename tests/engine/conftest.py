@@ -2,7 +2,7 @@
 
 import pytest
 
-from qnext.engine import engine, prefix, scheduler
+from qnext.engine import background, engine, prefix, scheduler
 from qnext.model.model import CausalLM
 from qnext.ops import OpSpec, invariant, select
 
@@ -25,3 +25,5 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(scheduler, "MIN_RUN_TOKENS", 6)
     monkeypatch.setattr(prefix, "MAX_TREE_TOKENS", 400)
     monkeypatch.setattr(engine, "MAX_BACKLOG", 5)
+    monkeypatch.setattr(background, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(background, "MIN_GAIN", 2)

@@ -419,6 +419,12 @@ class HashRunner:
                 answer = self.answers[sequence.request.id]
                 answer.grow(len(sequence.output_ids))
                 return answer
+        prepared = self.engine.background.running
+        if prepared is not None and prepared.slot == slot:
+            return Answer(
+                self.head, prepared.request, max_model_len=self.engine.max_model_len,
+                defined_ids=self.engine.defined_ids,
+            )  # fmt: skip
         raise AssertionError(f"slot {slot} belongs to nobody")
 
     def _guess(self, works: Sequence[MtpWork]) -> Tensor:

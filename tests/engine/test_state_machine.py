@@ -11,7 +11,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from traffic import act_add, act_cancel, act_park
+from traffic import act_add, act_cancel, act_park, act_prepare
 
 SEEDS, STEPS = 36, 250
 
@@ -24,6 +24,8 @@ def test_ten_thousand_steps_of_random_traffic_break_nothing(small_limits):
     assert sum(session.reused for session in sessions) > 200
     assert sum(session.refused for session in sessions) > 20
     assert sum(session.engine.scheduler.parkings for session in sessions) > 100
+    prepared = [session.engine.background.counts for session in sessions]
+    assert min(sum(one.finished for one in prepared), sum(one.interrupted for one in prepared)) > 20
     reasons = {event.finish_reason for session in sessions for event in session.log}
     assert reasons == {None, "stop", "length", "cancelled"}
     taken = [sum(s.engine.policy.taken[i] for s in sessions) for i in range(4)]
@@ -71,6 +73,15 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def park(self, data):
         act_park(self.session, self.dice(data))
+
+    @rule(data=st.data())
+    def prepare(self, data):
+        self.session.traffic.dice = self.dice(data)
+        act_prepare(self.session, self.session.traffic)
+
+    @rule()
+    def idle(self):
+        self.session.idle()
 
     @rule()
     def clear(self):

@@ -68,13 +68,13 @@ class Traffic:
         choices = max(dice(-9, 3), 1)
         priority = (0, 0, 0, 1, -1)[dice(0, 4)]
         bad = ((self._token(),), (self._token(), self._token()))[: max(dice(-12, 2), 0)]
-        made = []
+        made, group = [], f"g{self._made}" if dice(0, 3) else ""
         for choice in range(1 if score_only else choices):
             self._made += 1
             request = Request(
                 id=f"r{self._made}", prompt_ids=prompt, params=params, priority=priority,
                 eos_ids=() if self.plain else (self.vocab_size - 1,), choice=choice, hints=hints,
-                score_only=score_only, bad_ids=() if self.plain else bad,
+                group=group, score_only=score_only, bad_ids=() if self.plain else bad,
             )  # fmt: skip
             made.append(request)
         return made
@@ -192,12 +192,13 @@ class Session:
         """One step of the engine, and every check."""
         scheduler = self.engine.scheduler
         cancelled, self._cancelled = self._cancelled, []
-        waited = {s.request.id: s.order for s in scheduler.waiting}
+        waited = {s.request.id: (s.order, s.family) for s in scheduler.waiting}
+        families = {s.family for s in scheduler.running} - {None}
         for event in self.engine.step():
             self._take(event)
         for name in cancelled:
             assert name not in self.live, f"S10: {name} was cancelled and did not end"
-        self._check_order(waited)
+        self._check_order(waited, families)
         self.check()
         if self.looks and self.engine.steps % 10 == 0:
             self.check_snapshots()
@@ -210,14 +211,23 @@ class Session:
             self.step()
         assert not self.live, f"S1: {sorted(self.live)} never end"
 
+    def idle(self) -> None:
+        """A step of whatever is done between requests, and every check."""
+        self.engine.idle_step()
+        self.check()
+        if self.looks:
+            self.check_snapshots()
+
     def clear(self) -> None:
         """Empty the prefix cache."""
+        self.engine.background.clear()
         self.engine.prefix.clear()
         self.check()
 
     def end(self) -> None:
         """Drain, clear, and see whether everything was given back."""
         self.drain()
+        self.engine.background.clear()
         self.engine.prefix.clear()
         assert self.engine.pool.free == self.engine.pool.num_pages, "S8: pages are lost"
         runner: Any = self.engine.runner
@@ -252,23 +262,28 @@ class Session:
             self._later.pop(request.id, None)
             del self.live[request.id], self.events[request.id]
 
-    def _check_order(self, waited: dict[str, tuple[float, int]]) -> None:
+    def _check_order(self, waited: dict[str, Any], families: set[Any]) -> None:
         """S6 and S13, counted from outside: who runs now, and after whom was it his turn.
 
-        ``waited`` says who waited before the step, and in which order.
+        ``waited`` says who waited before the step, in which order, and with whom they share their
+        prompt; ``families`` are those of which somebody ran. Who waits for them is not overtaken.
         """
         scheduler = self.engine.scheduler
         started = [s for s in scheduler.running if s.request.id in waited]
+        families |= {waited[s.request.id][1] for s in started} - {None}
         for sequence in scheduler.waiting:
-            if sequence.request.id not in waited or sequence.slot is not None:
+            name = sequence.request.id
+            if name in waited and waited[name][1] in families:
+                continue
+            if name not in waited or sequence.slot is not None:
                 self._overtaken[sequence.request.id] = self._later[sequence.request.id] = 0
                 continue
             self._later[sequence.request.id] += sum(s.arrival > sequence.arrival for s in started)
             # Those admitted together are counted together, so the bound may be passed by a step's.
             most = MAX_OVERTAKINGS + MAX_BYPASS + scheduler.num_slots
             assert self._later[sequence.request.id] <= most, f"S13: {sequence.request.id} starves"
-            own = waited[sequence.request.id]
-            later = sum(waited[s.request.id] > own for s in started)
+            own, _ = waited[sequence.request.id]
+            later = sum(waited[s.request.id][0] > own for s in started)
             self._overtaken[sequence.request.id] += later
             times = self._overtaken[sequence.request.id]
             assert times <= MAX_BYPASS, f"S6: {sequence.request.id} was overtaken {times} times"
@@ -289,22 +304,22 @@ class Session:
             assert not sequence.pages, "S11"
             assert not sequence.drafts, "S11"
             assert sequence.done == 0, "S11"
-        for sequence in scheduler.running:
+        for sequence in holding(engine):
             self._check_lengths(sequence)
 
     def _check_memory(self) -> None:
         engine, pool = self.engine, self.engine.pool
         held: Counter[int] = Counter()
-        for owner in (*engine.scheduler.running, *engine.prefix):
+        for owner in (*holding(engine), *engine.prefix):
             assert len(set(owner.pages)) == len(owner.pages), f"S3: {owner} holds a page twice"
             held.update(owner.pages)
         counts = [pool.holders(page) for page in range(pool.num_pages)]
         assert counts == [held[page] for page in range(pool.num_pages)], "S2: holders of pages"
         assert pool.free + len(held) == pool.num_pages, "S2: free pages"
-        slots = [s.slot for s in engine.scheduler.running] + [s.slot for s in engine.prefix]
+        slots = [s.slot for s in holding(engine)] + [s.slot for s in engine.prefix]
         slots += engine.prefix._slots
         assert len(set(slots)) == len(slots), "S2: a slot has two owners"
-        assert len(engine.scheduler.running) <= engine.scheduler.num_slots, "S3: slots"
+        assert len(holding(engine)) <= engine.scheduler.num_slots, "S3: slots"
         prefix = engine.prefix
         assert len(prefix) + len(prefix._slots) == prefix.num_slots, "S2: slots of snapshots"
         runner: Any = engine.runner
@@ -341,12 +356,12 @@ class Session:
         engine, size = self.engine, self.engine.scheduler.page_size
         seen: dict[int, list[tuple[Any, int]]] = {}
         for owner, length in (
-            *((s, s.done) for s in engine.scheduler.running),
+            *((s, s.done) for s in holding(engine)),
             *((s, s.length) for s in engine.prefix),
         ):
             for number, page in enumerate(owner.pages):
                 seen.setdefault(page, []).append((owner, length - number * size))
-        for sequence in engine.scheduler.running:
+        for sequence in holding(engine):
             for number in range(sequence.done // size, len(sequence.pages)):
                 first = max(sequence.done - number * size, 0)
                 for owner, visible in seen[sequence.pages[number]]:
@@ -374,6 +389,13 @@ class Session:
         assert sequence.counts == Counter(sequence.output_ids), f"S11: {sequence}"
 
 
+def holding(engine: Engine) -> list[Running]:
+    """Sequences that have a slot and pages."""
+    prepared = engine.background.running
+    assert prepared is None or not engine.has_work, "preparations must make way for requests"
+    return [*engine.scheduler.running, *([prepared] if prepared else [])]
+
+
 def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None:
     """Random arrivals, steps, cancellations, parking, clearing until so many steps were run."""
     engine, tried = session.engine, 0
@@ -389,8 +411,11 @@ def drive(session: Session, traffic: Traffic, dice: Dice, *, steps: int) -> None
             act_park(session, dice)
         if dice(0, 149) == 0:
             session.clear()
+        if dice(0, 5) == 0:
+            act_prepare(session, traffic)
         for _ in range(dice(1, 3)):
             session.step()
+            session.idle()
     session.end()
 
 
@@ -404,6 +429,14 @@ def act_cancel(session: Session, dice: Dice) -> None:
     """Somebody gives up: a request of any state, or one that is not there."""
     names: Sequence[str] = [*session.live, "nobody"]
     session.cancel(names[dice(0, len(names) - 1)])
+
+
+def act_prepare(session: Session, traffic: Traffic) -> None:
+    """Somebody says how a later prompt is likely to begin."""
+    for request in traffic.requests()[:1]:
+        traffic.past.append(request.prompt_ids)
+        session.engine.background.add(request.prompt_ids)
+        session.check()
 
 
 def act_park(session: Session, dice: Dice) -> None:

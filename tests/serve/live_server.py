@@ -36,9 +36,18 @@ class Live:
             assert time.monotonic() < end, f"{found} requests in the engine, not {busy}"
             time.sleep(0.02)
 
+    def wait_until_prepared(self, timeout_s: float = 20.0) -> dict[str, int]:
+        """Return when no later turn is left to prepare: what the server says it prepared."""
+        end = time.monotonic() + timeout_s
+        while (found := self.client.get("/health").json()["background_prefill"])["pending"]:
+            assert time.monotonic() < end, found
+            time.sleep(0.02)
+        return found
+
     def check_that_nothing_is_held(self) -> None:
         """Wait until the engine is idle; then every page and slot must be back."""
         self.wait_until(busy=0)
+        self.wait_until_prepared()
         engine = self.llm.engine
         assert not engine.has_work
         assert not self.worker._jobs

@@ -98,6 +98,8 @@ class PrefixCache:
         self._tree_tokens = 0
         self._floor = 0.0
         """Worth of the last victim: what is not used falls behind it with time."""
+        self.on_evict: Callable[[Snapshot], None] | None = None
+        """Called with a snapshot that is about to go for lack of room."""
         self.version = 0
         """Changes whenever a lookup may find something else than before."""
 
@@ -136,12 +138,33 @@ class PrefixCache:
         snapshot.used_at = now
         snapshot.floor = self._floor
 
+    def tokens_of(self, snapshot: Snapshot) -> tuple[int, ...]:
+        """The token ids a snapshot lies behind."""
+        edges: list[tuple[int, ...]] = []
+        node: Node | None = snapshot.node
+        while node is not None:
+            edges.append(node.tokens)
+            node = node.parent
+        return tuple(token for edge in reversed(edges) for token in edge)[: snapshot.length]
+
     # -- growth ----------------------------------------------------------------------------------
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
+        return self.at(ids) is not None
+
+    def at(self, ids: Sequence[int]) -> Snapshot | None:
+        """The snapshot at exactly these tokens."""
         node = self._walk(ids)
-        return node is not None and len(ids) in node.snapshots
+        return None if node is None else node.snapshots.get(len(ids))
+
+    def continues(self, ids: Sequence[int]) -> bool:
+        """Whether a snapshot lies further on, so that a prompt has run through these tokens."""
+        node = self._walk(ids)
+        if node is None:
+            return False
+        below = [node, *self._nodes(node)]
+        return any(length > len(ids) for one in below for length in one.snapshots)
 
     def take_slot(self) -> int | None:
         """A slot for a new snapshot, evicting if need be; None when there is none to be had."""
@@ -202,10 +225,15 @@ class PrefixCache:
                     held[page] = held.get(page, 0) + 1
         return sum(self.pool.holders(page) == count for page, count in held.items())
 
-    def evict(self, snapshot: Snapshot) -> None:
-        """Give up one snapshot; its tokens stay known."""
+    def evict(self, snapshot: Snapshot, *, replaced: bool = False) -> None:
+        """Give up one snapshot, for lack of room or for a better one; its tokens stay known."""
         assert not snapshot.pinned, snapshot
         self._floor = max(self._floor, self.worth(snapshot))
+        if self.on_evict is not None and not replaced:
+            self.on_evict(snapshot)
+        self._drop(snapshot)
+
+    def _drop(self, snapshot: Snapshot) -> None:
         self.version += 1
         self._snapshots.remove(snapshot)
         del snapshot.node.snapshots[snapshot.length]
@@ -215,7 +243,8 @@ class PrefixCache:
     def clear(self) -> None:
         """Give up everything, tokens included. No snapshot may be pinned."""
         for snapshot in list(self._snapshots):
-            self.evict(snapshot)
+            assert not snapshot.pinned, snapshot
+            self._drop(snapshot)
         self.root.children.clear()
         self._tree_tokens = 0
         self.version += 1
@@ -259,7 +288,7 @@ class PrefixCache:
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
-                    self.evict(snapshot)
+                    self.evict(snapshot, replaced=True)
             step = step.parent
 
     # -- the tree --------------------------------------------------------------------------------
@@ -320,8 +349,9 @@ class PrefixCache:
             self._tree_tokens -= len(oldest.tokens)
             self.version += 1
 
-    def _nodes(self) -> Iterator[Node]:
-        stack = list(self.root.children.values())
+    def _nodes(self, top: Node | None = None) -> Iterator[Node]:
+        """Every node below one (the root)."""
+        stack = list((top or self.root).children.values())
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

@@ -116,6 +116,9 @@ class Request:
     """Lower is served first; equals in order of arrival."""
     choice: int = 0
     """Number of this answer among the ``n`` to the same prompt: part of the key of its noise."""
+    group: str = ""
+    """Requests of one group that have the same prompt run it once: as soon as the first of them has
+    run it, the others go on from where it is. Empty for a request of its own."""
     hints: tuple[tuple[int, str], ...] = ()
     """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
     score_only: bool = False

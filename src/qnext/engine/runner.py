@@ -108,6 +108,22 @@ class Runner:
         """Copy one page of keys and values."""
         self.cache.copy_page(source, target)
 
+    def page_bytes(self, page: int) -> bytes:
+        """Keys and values of one page as bytes."""
+        return self.cache.page_bytes(page)
+
+    def load_page(self, page: int, data: bytes) -> None:
+        """Put the bytes of a page into one."""
+        self.cache.load_page(page, data)
+
+    def slot_bytes(self, slot: int) -> bytes:
+        """The state in a snapshot slot as bytes."""
+        return self.cache.slot_bytes(slot)
+
+    def load_slot(self, slot: int, length: int, data: bytes) -> None:
+        """Put the bytes of a state after ``length`` tokens into a snapshot slot."""
+        self.cache.load_slot(slot, length, data)
+
     def backlog(self, slot: int) -> int:
         """Hidden rows the MTP layer has not read yet."""
         return sum(rows.shape[0] for rows in self._backlog[slot])

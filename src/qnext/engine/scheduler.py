@@ -14,12 +14,14 @@ No torch here: tensors are moved by the ``slots`` object (the runner).
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import Request, TokenLogprobs
+from qnext.engine.tier import Fetched
 from qnext.errors import RequestError
 
 PREFILL_ROWS = 64
@@ -89,12 +91,22 @@ class Sequence:
     """The last lookup: version of the prefix cache, length, and what was found."""
     parked: int = 0
     """How often it was parked."""
+    fetched: Fetched | None = None
+    """What a look at the disk for its prompt has come to; None before there was one."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def length(self) -> int:
         """Tokens of prompt and output together."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def family(self) -> tuple[object, ...] | None:
+        """What it shares with requests that can go on from its prompt; None once it answers."""
+        request = self.request
+        if not request.group or self.output_ids or request.score_only:
+            return None
+        return (request.group, request.prompt_ids, request.params.prompt_logprobs)
 
     @property
     def scores_prompt(self) -> bool:
@@ -121,6 +133,16 @@ class Sequence:
         if start >= split:
             return self.output_ids[start - split : end - split]
         return [*prompt[start:end], *self.output_ids[: max(end - split, 0)]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a sequence can start: a snapshot, or another one that runs the same prompt."""
+
+    length: int
+    slot: int
+    pages: list[int]
+    mtp_first: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +189,8 @@ class Scheduler:
             raise RequestError(f"max_chunk_tokens: expected at least 1, found {max_chunk_tokens}.")
         self.max_chunk_tokens = max_chunk_tokens or max_batch_tokens
         self.max_drafts, self.interval = max_drafts, interval
+        self.fetch: Callable[[list[int], Snapshot | None], Fetched] | None = None
+        """Brings a snapshot of these tokens into the prefix cache, if the disk has a deeper one."""
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parkings = 0
@@ -219,6 +243,34 @@ class Scheduler:
             self.running.remove(sequence)
             self._drop(sequence)
 
+    # -- work between requests -------------------------------------------------------------------
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens could run, if it ran alone."""
+        return tokens <= self.max_model_len and self._pages(tokens) + 1 <= self.pool.num_pages
+
+    def admit_alone(self, sequence: Sequence) -> bool:
+        """Give memory to a sequence that is in no queue, while nobody else has any; or False."""
+        assert not self.waiting, "requests come first"
+        assert not self.running, "requests come first"
+        self.waiting.append(sequence)
+        if not self._try_admit(sequence, self.pool.free + self.prefix.evictable()):
+            self.waiting.remove(sequence)
+            return False
+        self.running.remove(sequence)
+        return True
+
+    def plan_alone(self, sequence: Sequence, count: int) -> Item:
+        """The next ``count`` tokens, or fewer, of a sequence that was admitted alone."""
+        count = min(count, self.max_batch_tokens, self.max_chunk_tokens)
+        captures = self._captures(sequence, sequence.done + count)
+        return Item(sequence=sequence, count=count, captures=captures)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back what ``admit_alone`` gave."""
+        self._drop(sequence)
+        sequence.done = 0
+
     # -- the step --------------------------------------------------------------------------------
 
     def plan(self) -> list[Item]:
@@ -234,9 +286,11 @@ class Scheduler:
         items = []
         for sequence in decoding:
             # A prompt of one token, or the last token of a prompt, may plant a snapshot too; the
-            # state in the middle of drafts is not settled, so then nothing is drafted.
+            # state in the middle of drafts is not settled, so then nothing is drafted. The same
+            # holds where others are to go on from the end of its prompt.
             captures = self._captures(sequence, sequence.done + 1) if sequence.plants else ()
-            drafts = 0 if captures else min(len(sequence.drafts), budget - reserve)
+            settled = captures or self.twins(sequence)
+            drafts = 0 if settled else min(len(sequence.drafts), budget - reserve)
             del sequence.drafts[max(drafts, 0) :]
             budget -= len(sequence.drafts)
             count = 1 + len(sequence.drafts)
@@ -290,7 +344,10 @@ class Scheduler:
         blocked: list[Sequence] = []
         admitted: list[Sequence] = []
         reachable: int | None = None
+        in_prompt = {s.family for s in self.running} - {None}
         for sequence in list(self.waiting):
+            if sequence.family in in_prompt:
+                continue  # it goes on from there when that prompt has run
             if len(self.running) >= self.num_slots:
                 break
             if any(one.bypassed >= MAX_BYPASS for one in blocked):
@@ -300,6 +357,8 @@ class Scheduler:
             if self._try_admit(sequence, reachable):
                 reachable = None
                 admitted.append(sequence)
+                if sequence.family is not None:
+                    in_prompt.add(sequence.family)
                 for one in blocked:
                     one.bypassed += 1
             else:
@@ -316,6 +375,10 @@ class Scheduler:
         known, snapshot = 0, None
         if not sequence.scores_prompt:
             match = self._match(sequence)
+            if self.fetch is not None and sequence.fetched is None:
+                ids = sequence.tokens(0, sequence.length)
+                sequence.fetched = self.fetch(ids, match.snapshot)
+                match = self._match(sequence)
             known, snapshot = match.known, match.snapshot
         shared = snapshot.length // self.page_size if snapshot else 0
         need = self._pages(self._reach(sequence)) - shared
@@ -334,6 +397,8 @@ class Scheduler:
         finally:
             if snapshot is not None:
                 snapshot.pinned -= 1
+        if snapshot is not None:
+            self.prefix.use(snapshot)
         if sequence.cached is None:
             sequence.cached = snapshot.length if snapshot else 0
             sequence.known = min(known, sequence.length - 1)
@@ -348,8 +413,8 @@ class Scheduler:
             sequence.found = (version, length, match)
         return sequence.found[2]
 
-    def _start(self, sequence: Sequence, snapshot: Snapshot | None, need: int) -> None:
-        """Give a sequence its slot and pages, from a snapshot or from nothing."""
+    def _start(self, sequence: Sequence, snapshot: Snapshot | Origin | None, need: int) -> None:
+        """Give a sequence its slot and pages, from some state of its prefix or from nothing."""
         fresh = self.pool.take(need)
         if snapshot is None:
             sequence.slot = self.slots.open()
@@ -366,10 +431,39 @@ class Scheduler:
             sequence.pages = [*shared, *fresh]
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
-            self.prefix.use(snapshot)
         sequence.ran, sequence.found = 0, None
         self.waiting.remove(sequence)
         self.running.append(sequence)
+
+    # -- several answers to one prompt -----------------------------------------------------------
+
+    def twins(self, sequence: Sequence) -> list[Sequence]:
+        """Requests that wait for a sequence to run the prompt they share with it."""
+        family = sequence.family
+        return [] if family is None else [s for s in self.waiting if s.family == family]
+
+    def fork(self, source: Sequence, sequence: Sequence) -> bool:
+        """Start a waiting sequence where a running one is, if it is its turn and there is room.
+
+        Full pages are shared, a page that is not full and the state are copied.
+        """
+        assert source.slot is not None
+        if len(self.running) >= self.num_slots:
+            return False
+        if any(one.order < sequence.order for one in self.waiting):
+            return False
+        need = self._pages(self._reach(sequence)) - source.done // self.page_size
+        if not self._have(need + len(self.running)):
+            return False
+        origin = Origin(
+            length=source.done,
+            slot=source.slot,
+            pages=source.pages,
+            mtp_first=source.mtp_first if source.mtp_len >= source.done else source.done,
+        )
+        self._start(sequence, origin, need)
+        self._age(self.waiting, [sequence])
+        return True
 
     def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
         """Where this prompt should leave snapshots, the most useful first, in order of length.

@@ -26,6 +26,9 @@ from qnext.ops import Ops, Segments, select
 PAGE_SIZE = 64
 """Tokens of a page; equal to the chunk length of the delta layers."""
 
+LAYOUT = "torch-1"
+"""Name of the order in which this cache keeps its bytes; another order has another name."""
+
 Rollback = Literal["snapshots", "replay"]
 
 
@@ -150,6 +153,45 @@ class HybridCache:
         self.conv[:, slot] = saved.conv
         self.last_hidden[slot] = saved.last_hidden
         self._lengths[slot] = saved.length
+
+    # -- bytes -----------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> dict[str, object]:
+        """Name, dtypes and shapes of what the bytes of a page and of a slot hold, in order.
+
+        Bytes may only be loaded by a cache whose layout is equal.
+        """
+        slot = (self.recurrent[:, 0], self.conv[:, 0], self.last_hidden[0])
+        return {
+            "name": LAYOUT,
+            "page": [_kind(self.kv[0])],
+            "slot": [_kind(tensor) for tensor in slot],
+        }
+
+    def page_bytes(self, page: int) -> bytes:
+        """Keys and values of one page, copied out."""
+        return _to_bytes(self.kv[page])
+
+    def load_page(self, page: int, data: bytes) -> None:
+        """Put the bytes of ``page_bytes`` into a page."""
+        self.kv[page] = _from_bytes(data, self.kv[page])
+
+    def slot_bytes(self, slot: int) -> bytes:
+        """State, convolution window and last hidden row of one slot, copied out."""
+        assert self._open_view is None, "keep() of the previous step has not been called"
+        tensors = (self.recurrent[:, slot], self.conv[:, slot], self.last_hidden[slot])
+        return b"".join(_to_bytes(tensor) for tensor in tensors)
+
+    def load_slot(self, slot: int, length: int, data: bytes) -> None:
+        """Put the bytes of ``slot_bytes`` of a sequence of ``length`` tokens into a slot."""
+        at = 0
+        for tensor in (self.recurrent[:, slot], self.conv[:, slot], self.last_hidden[slot]):
+            size = tensor.numel() * tensor.element_size()
+            tensor.copy_(_from_bytes(data[at : at + size], tensor))
+            at += size
+        assert at == len(data), (at, len(data))
+        self._lengths[slot] = length
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -281,3 +323,20 @@ class HybridCache:
         steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)
         for layer, states in view.states.items():
             self.recurrent[layer, view.slot_index[live]] = states[steps, lanes]
+
+
+def _kind(tensor: Tensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    return tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _from_bytes(data: bytes, like: Tensor) -> Tensor:
+    assert len(data) == like.numel() * like.element_size(), (len(data), like.shape)
+    if not data:
+        return torch.empty_like(like)
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape).to(like.device)

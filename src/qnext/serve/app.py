@@ -134,6 +134,7 @@ class _Service:
             "model": self.llm.name,
             "running": load.running,
             "waiting": load.waiting,
+            "background_prefill": {**load.background.as_dict(), "pending": load.preparing},
             "kernels": list(self.llm.model.ops.report),
         }
         return _json(body, status=200 if alive else 503)

@@ -8,8 +8,9 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from qnext.engine.background import BackgroundCounts
 from qnext.engine.request import Request
 from qnext.errors import QnextError, RequestError
 from qnext.llm import LLM, Delta, TextReader
@@ -60,6 +61,10 @@ class Load:
     running: int = 0
     waiting: int = 0
     """Requests for which there was no slot or no memory yet."""
+    background: BackgroundCounts = field(default_factory=BackgroundCounts)
+    """What was prepared for later prompts while nothing else was to do."""
+    preparing: int = 0
+    """Conversations whose next turn is still to be prepared."""
 
 
 class Worker:
@@ -121,16 +126,21 @@ class Worker:
             self._deliver([(job, EngineStopped("the server stopped.")) for job in self._left()])
             self._jobs.clear()
             self.load = Load()
+            # Only this thread touches the cache, so it is the one to write it to disk.
+            self._llm.close()
 
     def _take_commands(self) -> bool:
         """Carry out what has been asked for since the last step; waits when there is no work.
 
-        False means stop.
+        While it waits, later prompts are prepared, a small step at a time. False means stop.
         """
         while True:
             idle = not self._llm.engine.has_work and self._inbox.empty()
             if idle:
+                prepares = self._llm.idle_step() > 0
                 self._note_load()
+                if prepares:
+                    continue
             elif self._inbox.empty():
                 return True
             command, job = self._inbox.get()
@@ -164,6 +174,7 @@ class Worker:
                 continue
             results.append((job, delta))
             if delta.finish_reason is not None:
+                self._llm.ended(job.reader, delta.finish_reason)
                 del self._jobs[event.request_id]
         self._note_load()
         self._deliver(results)
@@ -187,7 +198,12 @@ class Worker:
 
     def _note_load(self) -> None:
         scheduler = self._llm.engine.scheduler
-        self.load = Load(running=len(scheduler.running), waiting=len(scheduler.waiting))
+        self.load = Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            background=replace(self._llm.engine.background.counts),
+            preparing=self._llm.unprepared,
+        )
 
 
 def _put_all(items: list[tuple[Job, Delta | QnextError | None]]) -> None:

@@ -27,8 +27,9 @@ def stable_lengths(
     """(tokens, why) of beginnings of the prompt ``ids`` that later prompts will share.
 
     "stable" is what the next turn of this conversation keeps; "system" is what every conversation
-    with the same system message and tools has. Empty for a conversation that the template cannot
-    carry on.
+    with the same system message and tools has; "loop", if there are tools, is what is kept while
+    the model calls them, before the user speaks again. Empty for a conversation that the template
+    cannot carry on.
     """
     found = []
     if messages and not options.get("continue_final_message"):
@@ -38,7 +39,32 @@ def stable_lengths(
         stable = _next_turn(template, tokenizer, messages, ids, options)
         if stable > system:
             found.append((stable, "stable"))
+        loop = _in_the_loop(template, tokenizer, messages, ids, options)
+        if loop > stable:
+            found.append((loop, "loop"))
     return tuple(found)
+
+
+def beginning_after(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    answer: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> list[int]:
+    """How the prompt of the next user message begins, once ``answer`` ends this conversation.
+
+    The ids up to the user's first word, and one more: whatever follows. Empty when the template
+    cannot carry the conversation on.
+    """
+    if options.get("continue_final_message"):
+        return []
+    turns = [[*messages, answer, {"role": "user", "content": text}] for text in _STAND_INS]
+    try:
+        one, two = (template.encode(turn, tokenizer, **options) for turn in turns)
+    except TemplateError:
+        return []
+    return one[: _common(one, two) + 1]
 
 
 def _next_turn(
@@ -53,6 +79,32 @@ def _next_turn(
         for text in _STAND_INS
     ]
     return _shared(template, tokenizer, turns, ids, options)
+
+
+def _in_the_loop(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    ids: Sequence[int],
+    options: Mapping[str, Any],
+) -> int:
+    """Tokens that stay when the answer is a call and its result follows."""
+    if not options.get("tools"):
+        return 0
+    rounds = [
+        [
+            *messages,
+            {
+                "role": "assistant",
+                "content": "",
+                "reasoning_content": text,
+                "tool_calls": [{"name": text, "arguments": {}}],
+            },
+            {"role": "tool", "content": text},
+        ]
+        for text in _STAND_INS
+    ]
+    return _shared(template, tokenizer, rounds, ids, options)
 
 
 def _until_first_user(

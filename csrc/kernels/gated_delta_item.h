@@ -1,0 +1,46 @@
+// What the files of the delta kernels share: the prepared tokens of one work item.
+#pragma once
+
+#include "gated_delta.h"
+#include "simd.h"
+
+namespace qnext::QNEXT_ISA {
+
+// Up to kDeltaChunk tokens of one key head, ready for the recurrence. C below is kDeltaChunk,
+// r the value heads of the key head. All arrays are this thread's scratch.
+struct DeltaBlock {
+  int64_t tokens;
+  int64_t key_dim, value_dim, group;  // K, M, r
+  float* q;       // [C][K], unit length times K^-0.5
+  float* k;       // [C][K], unit length
+  float* qk;      // [C], q . k
+  float* v;       // [r][C][M]
+  float* g;       // [r][C], logarithm of the decay
+  float* alpha;   // [r][C], exp(g)
+  float* beta;    // [r][C]
+  float* d;       // [r][C][M], corrections; step form only
+  float* out;     // [r][C][M], what the queries read
+  float* work;    // step: a private block of state; chunk: its matrices
+};
+
+// A token that was run earlier and is applied to the state now.
+struct DeltaUpdate {
+  const float* k;  // [K]
+  const float* d;  // [M]
+  float alpha;
+};
+
+// Floats of `work` each form needs.
+int64_t delta_step_work(const DeltaShape& shape);
+int64_t delta_chunk_work(const DeltaShape& shape);
+
+// Run value head `w` (0 .. r-1) of the block token by token. First the `kept` updates are applied
+// to `state` [K][M]; then the block's tokens, which change `state` unless `speculative`.
+void delta_step(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* updates,
+                int64_t kept, bool speculative);
+
+// The same for a whole block solved at once. `products` says whether the block's K K^T and Q K^T
+// have still to be made: once for all value heads.
+void delta_chunk(const DeltaBlock& block, int64_t w, float* state, bool products);
+
+}  // namespace qnext::QNEXT_ISA
