@@ -204,9 +204,10 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
         rivals.append([])
         slacks.append([])
         if ask.chat:
-            request, reader = llm.prepare_chat(subject.messages, params, choice=choice)
+            request, reader = llm.prepare_chat(subject.messages, params)
         else:
-            request, reader = llm.prepare_text(subject.text, params, choice=choice)
+            request, reader = llm.prepare_text(subject.text, params)
+        request = replace(request, choice=choice)
         prompt_ids = request.prompt_ids
         assert len(prompt_ids) > 90, len(prompt_ids)
         llm.engine.add(request)
