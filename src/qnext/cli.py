@@ -104,6 +104,7 @@ def serve(arguments: argparse.Namespace) -> int:
             arguments,
             max_num_seqs=arguments.max_num_seqs,
             max_batch_tokens=arguments.max_batch_tokens,
+            background_prefill=arguments.background_prefill,
         )
         return serve(llm, socket)
 
@@ -243,6 +244,10 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--max-batch-tokens", type=_positive, default=2048, metavar="N",
         help="tokens of one step, prompts and answers together (default: %(default)s)",
+    )  # fmt: skip
+    one.add_argument(
+        "--background-prefill", action=argparse.BooleanOptionalAction, default=True,
+        help="while nothing else is to do, prepare the next turn of conversations (default: yes)",
     )  # fmt: skip
 
     one = _command(commands, "info", "what a model is made of and what it costs")

@@ -6,7 +6,6 @@ events of one request to pieces of text that never have to be taken back.
 
 import itertools
 import json
-import re
 import sys
 import weakref
 from collections import deque
@@ -28,12 +27,14 @@ from qnext.engine.request import (
     TokenLogprobs,
     Usage,
 )
+from qnext.engine.sizes import parse_bytes
 from qnext.errors import BackendError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
+from qnext.text.places import message_places
 from qnext.text.tokenizer import Detokenizer, Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
@@ -360,7 +361,8 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, hints=hints)
+        places = message_places(self.tokenizer, ids)
+        request = self._request(ids, params, hints=hints, places=places)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -375,6 +377,7 @@ class LLM:
         params: SamplingParams,
         *,
         hints: tuple[tuple[int, str], ...] = (),
+        places: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
         return Request(
@@ -384,6 +387,7 @@ class LLM:
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
             hints=hints,
+            places=places,
             score_only=score_only,
         )
 
@@ -680,18 +684,3 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RequestError(f"{file}: expected a JSON object, found {type(found).__name__}.")
     return found
-
-
-_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[f"{_letter}iB"] = 1024**_power
-    _UNITS[f"{_letter}B"] = 1000**_power
-
-
-def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
-    """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
-    found = _AMOUNT.fullmatch(str(amount).strip())
-    if found is None or found[2] not in _UNITS:
-        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])

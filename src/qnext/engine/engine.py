@@ -513,7 +513,9 @@ class Engine:
         events = []
         for source, twin, row in twins:
             twin.prompt_logprobs = list(source.prompt_logprobs)
-            twin.cached, twin.known = source.cached, source.known
+            twin.report = source.report
+            if source.report is not None:
+                self.scheduler.log.add(twin.request.id, source.report, counted=False)
             twin.near_ties += bool(rivals[row])
             emitted, reason = self._accept(twin, [tokens[row]])
             events.append((self._tell(twin, emitted, reason, chosen[row : row + 1]), twin))
@@ -657,7 +659,8 @@ def _usage(sequence: Running) -> Usage:
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=len(sequence.output_ids),
-        cached_tokens=sequence.cached or 0,
+        cached_tokens=sequence.report.cached if sequence.report else 0,
+        cache=sequence.report,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         near_ties=sequence.near_ties,

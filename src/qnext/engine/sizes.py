@@ -1,5 +1,6 @@
 """How a memory budget is spent: states of sequences, snapshots, pages."""
 
+import re
 from dataclasses import dataclass
 
 from qnext import cost
@@ -64,3 +65,18 @@ class CacheSizes:
             state_bytes=state,
             page_bytes=page,
         )
+
+
+_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}iB"] = 1024**_power
+    _UNITS[f"{_letter}B"] = 1000**_power
+
+
+def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
+    """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
+    found = _AMOUNT.fullmatch(str(amount).strip())
+    if found is None or found[2] not in _UNITS:
+        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
+    return int(float(found[1]) * _UNITS[found[2]])
