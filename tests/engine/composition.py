@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -111,7 +112,7 @@ ASKS: dict[str, tuple[Sequence[object], Edit]] = {
     "choices": ((1, 2), lambda ask, value: ask.params.update(n=value)),
 }
 WAYS: dict[str, tuple[Sequence[object], Edit]] = {
-    "cache": (("cold", "exact", "partial", "branch", "off"), _cache),
+    "cache": (("cold", "exact", "partial", "branch", "disk", "off"), _cache),
     "chunk": (
         (None, 1, 7, 64, 97),
         lambda way, value: way.options.update(max_chunk_tokens=value),
@@ -271,12 +272,24 @@ class Composed:
 def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
     """A row: the same answers, computed as the row says."""
     ask, way = ask_of(row), way_of(row)
-    llm = subject.open(max_num_seqs=16, max_batch_tokens=256, **way.options)
+    way.options.update(max_num_seqs=16, max_batch_tokens=256)
+    if way.warm != "disk":
+        return _composed(subject, row, ask, way, plain)
+    with TemporaryDirectory() as folder:
+        way.options["cache_dir"] = folder
+        before = subject.open(**way.options)
+        _warm(before, "exact", plain.prompt_ids)
+        before.close()
+        return _composed(subject, row, ask, way, plain)
+
+
+def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> Composed:
+    llm = subject.open(**way.options)
     llm.engine.runner.cache.rollback = way.rollback
     if subject.drafts_known:
         truth = defaultdict(list, {plain.prompt_ids: list(plain.answers[0].token_ids)})
         with_oracle(llm.engine, truth, 0.75)
-    _warm(llm, way, plain.prompt_ids)
+    _warm(llm, way.warm, plain.prompt_ids)
     generator = random.Random(2)
     others: list[Stream] = []
     for number in range(way.company):
@@ -302,6 +315,7 @@ def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
         assert [delta.finish_reason for delta in other][-1] == "length"
     while llm.engine.has_work:
         llm.engine.step()
+    llm.close()
     llm.engine.prefix.clear()
     assert llm.engine.pool.free == llm.engine.pool.num_pages, row
     return Composed(
@@ -313,15 +327,15 @@ def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
     )
 
 
-def _warm(llm: LLM, way: Way, prompt: tuple[int, ...]) -> None:
+def _warm(llm: LLM, how: str, prompt: tuple[int, ...]) -> None:
     """Let the cache hold some beginning of the prompt."""
     params = SamplingParams(temperature=0.0, max_tokens=2)
     last = len(prompt) - 1
-    if way.warm == "exact":
+    if how == "exact":
         llm.generate([prompt[:last]], params)
-    elif way.warm == "partial":
+    elif how == "partial":
         llm.generate([prompt[: last - 20]], params)
-    elif way.warm == "branch":
+    elif how == "branch":
         for number in (1, 2):
             llm.generate([[*prompt[: last - 20], *[number] * 5]], params)
 

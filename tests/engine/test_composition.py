@@ -211,28 +211,27 @@ def a_state_is_resumed_without_its_window(patch):
     patch.setattr(HybridCache, "copy_slot", half)
 
 
-def a_rejected_draft_stays_in_the_state(patch):
+def rejected_drafts_stay_in_the_state(patch):
     pick = HybridCache._pick
 
-    def one_more(self, view, live, kept):
-        lengths = view.segments.lengths
-        pick(self, view, live, tuple(min(n + 1, t) for n, t in zip(kept, lengths, strict=True)))
+    def everything(self, view, live, kept):
+        pick(self, view, live, view.segments.lengths)
 
-    patch.setattr(HybridCache, "_pick", one_more)
+    patch.setattr(HybridCache, "_pick", everything)
 
 
 def a_shared_page_is_not_copied(patch):
     patch.setattr(Runner, "copy_page", lambda self, source, target: None)
 
 
-def a_chunk_begins_one_position_late(patch):
+def positions_of_a_chunk_start_over(patch):
     work = Engine._work
 
-    def late(self, item):
+    def again(self, item):
         found = work(self, item)
-        return replace(found, start=found.start + 1) if found.start else found
+        return replace(found, start=found.start % 64)
 
-    patch.setattr(Engine, "_work", late)
+    patch.setattr(Engine, "_work", again)
 
 
 def noise_goes_by_steps_instead_of_tokens(patch):
@@ -246,24 +245,23 @@ def noise_goes_by_steps_instead_of_tokens(patch):
     patch.setattr(Engine, "_row", by_steps)
 
 
-def penalties_forget_the_drafts_before(patch):
+def penalties_count_rejected_drafts(patch):
     row = Engine._row
 
-    def forgetful(self, sequence, drafts):
-        found = row(self, sequence, drafts)
-        found.counts = sequence.counts
-        return found
+    def counting(self, sequence, drafts):
+        sequence.counts.update(drafts)
+        return row(self, sequence, drafts)
 
-    patch.setattr(Engine, "_row", forgetful)
+    patch.setattr(Engine, "_row", counting)
 
 
 MISTAKES = {
     a_state_is_resumed_without_its_window: {"cache": ("exact", "partial", "branch")},
-    a_rejected_draft_stays_in_the_state: {"drafts": (3, 4), "rollback": ("snapshots",)},
+    rejected_drafts_stay_in_the_state: {"drafts": (3, 4), "rollback": ("snapshots",)},
     a_shared_page_is_not_copied: {"cache": ("exact", "partial", "branch")},
-    a_chunk_begins_one_position_late: {"chunk": (7, 64)},
+    positions_of_a_chunk_start_over: {"chunk": (7, 64)},
     noise_goes_by_steps_instead_of_tokens: {"sampling": ("seeded", "penalised")},
-    penalties_forget_the_drafts_before: {"sampling": ("penalised",), "drafts": (2, 3, 4)},
+    penalties_count_rejected_drafts: {"sampling": ("penalised",), "drafts": (2, 3, 4)},
 }
 
 
