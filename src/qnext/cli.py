@@ -6,8 +6,10 @@ status 2; ``QNEXT_TRACEBACK=1`` shows where it came from.
 """
 
 import argparse
+import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except QnextError as error:
         if os.environ.get("QNEXT_TRACEBACK") == "1":
             raise
-        print(error, file=sys.stderr)
+        print(_in_options(str(error), arguments), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -86,7 +88,16 @@ def chat(arguments: argparse.Namespace) -> int:
             system=arguments.system,
             enable_thinking=arguments.thinking,
         )
-        return talk.run(sys.stdin, sys.stdout)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Some locales would let undecodable bytes through, for the tokenizer to stumble over.
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        try:
+            return talk.run(sys.stdin, sys.stdout)
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"standard input is not UTF-8 text ({error.reason} at byte {error.start}). "
+                "Convert it, for instance with iconv -t UTF-8."
+            ) from error
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -130,6 +141,30 @@ def doctor(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
 }  # fmt: skip
+
+
+_OPTIONS = {
+    "max_model_len": "max_context", "speculative_tokens": "speculative", "max_tokens": "max_tokens",
+    "max_num_seqs": "max_num_seqs", "max_batch_tokens": "max_batch_tokens",
+    "batch_invariant": "batch_invariant", "cache_dir": "cache_dir",
+}  # fmt: skip
+"""Parameters of the library, and the attributes of their options on the command line."""
+
+
+def _in_options(message: str, arguments: argparse.Namespace) -> str:
+    """An error of the library with its remedies in terms of this command's options."""
+    message = re.sub(r"([Rr]aise) (the memory budget|memory)\b", r"\1 --memory", message)
+    message = re.sub(r"^memory: ", "--memory: ", message)
+    message = message.replace("dtype='float32'", "--dtype float32")
+    for name, attribute in _OPTIONS.items():
+        if hasattr(arguments, attribute):
+            option = "--" + attribute.replace("_", "-")
+            message = re.sub(rf"(?<![\w-]){name}=(?=\w)", option + " ", message)
+            message = re.sub(rf"(?<![\w-]){name}\b", option, message)
+        else:
+            # What this command has no option for cannot be its remedy.
+            message = re.sub(rf" or (lower|raise) {name}\b", "", message)
+    return message
 
 
 # -- models and prompts ------------------------------------------------------------------------
@@ -190,6 +225,10 @@ def _sampling(
 def _read_prompt(arguments: argparse.Namespace) -> str:
     source = arguments.prompt_file
     if arguments.prompt is not None and arguments.prompt != "-":
+        try:
+            arguments.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("--prompt: the text is not UTF-8. Convert it.") from error
         return arguments.prompt
     try:
         if arguments.prompt == "-" or source == "-":

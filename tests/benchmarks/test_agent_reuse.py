@@ -1,7 +1,5 @@
 """An agent's conversation on the embedded model reuses nearly all that could be reused."""
 
-import inspect
-
 import pytest
 from benchmarks.agent_reuse import ENOUGH, Agent, converse, hits, restarted
 
@@ -57,8 +55,5 @@ def test_the_split_does_not_change_how_many_prompts_hit(tiny_folder, shared, uni
     assert hits(LLM(tiny_folder, max_num_seqs=2), shared, unique) >= agent_reuse.HITS
 
 
-@pytest.mark.skipif(
-    "cache_dir" not in inspect.signature(LLM).parameters, reason="there is no cache on disk"
-)
 def test_after_a_restart_the_conversation_goes_on_from_the_disk(tmp_path):
     assert restarted("qnext-mini", str(tmp_path), turns=4, max_tokens=10) >= ENOUGH
