@@ -138,8 +138,23 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if is_fine(checks) else 1
 
 
+def cache(arguments: argparse.Namespace) -> int:
+    """Explain what was reused, or look into a folder of prefixes."""
+    from qnext import cache_command
+
+    if arguments.cache_action == "explain":
+        found = cache_command.fetch_explanations(arguments.url, arguments.request_id)
+        text = cache_command.render_explanations
+    else:
+        found = cache_command.describe_folder(arguments.folder)
+        text = cache_command.render_folder
+    print(json.dumps(found, indent=2) if arguments.json else text(found))  # type: ignore[arg-type]
+    return 0
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
+    "cache": cache,
 }  # fmt: skip
 
 
@@ -298,6 +313,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype the bytes are counted for (default: %(default)s)",
     )
     one.add_argument("--json", action="store_true", help="print one JSON object")
+
+    one = _command(commands, "cache", "what was reused of prompts, and what is kept on disk")
+    actions = one.add_subparsers(dest="cache_action", metavar="ACTION", required=True)
+    action = _command(actions, "explain", "why a running server reused what it did and no more")
+    action.add_argument("request_id", nargs="?", metavar="REQUEST_ID", help="of an answer (its id)")
+    action.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="address of the server (default: %(default)s)",
+    )
+    action.add_argument("--json", action="store_true", help="print one JSON object")
+    action = _command(actions, "info", "what a folder given with --cache-dir holds")
+    action.add_argument("folder", metavar="DIR")
+    action.add_argument("--json", action="store_true", help="print JSON")
 
     one = _command(commands, "doctor", "what this machine offers and what is in the way")
     one.add_argument("--json", action="store_true", help="print one JSON object")
