@@ -385,12 +385,15 @@ class Tally:
     """Answers that part from the plain run, each at a near-tie."""
     furthest: float = 0.0
     """The largest difference of two log-probabilities, in units of the bound."""
+    drafted: int = 0
+    accepted: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.answers} answers, {self.positions} positions compared, {self.near_ties} "
             f"near-ties, {self.differences} differences (all at near-ties), log-probabilities "
-            f"within {self.furthest:.2f} of the bound"
+            f"within {self.furthest:.2f} of the bound, {self.accepted} of {self.drafted} drafts "
+            "accepted"
         )
 
 
@@ -399,6 +402,8 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
 
     From the first difference on two answers have different contexts and are not compared.
     """
+    tally.drafted += composed.drafted
+    tally.accepted += composed.accepted
     for one, other, rivals, slacks in zip(
         plain.answers, composed.answers, plain.rivals, plain.slacks, strict=True
     ):
