@@ -32,7 +32,8 @@ const float*& floats_of(Decoder& decoder, const std::string& name) {
   throw nb::key_error(name.c_str());
 }
 
-constexpr int kSequenceColumns = 8;
+// row, tokens, before, first, slot, kept, speculative, pending, offset of its pages
+constexpr int kSequenceColumns = 9;
 
 void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const int64_t> sequences,
          Array<const int64_t> pages, Array<const int64_t> captures, nb::object hidden_in,
@@ -44,7 +45,8 @@ void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const in
   const auto B = static_cast<int64_t>(sequences.size()) / kSequenceColumns;
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* s = sequences.data() + b * kSequenceColumns;
-    step.sequences.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[6] != 0, pages.data() + s[7]});
+    step.sequences.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[7], s[6] != 0,
+                              pages.data() + s[8]});
   }
   const auto C = static_cast<int64_t>(captures.size()) / 3;
   for (int64_t c = 0; c < C; ++c) {
@@ -145,7 +147,7 @@ void bind_decoder(nb::module_& m) {
            })
       .def("set_cache",
            [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size, bool is_bf16, Array<float> recurrent, Array<uint8_t> conv,
-              int64_t slots, int64_t most_pending, Array<float> pending,
+              int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
               Array<uint8_t> pending_window) {
              Cache& c = self.cache;
              c.is_bf16 = is_bf16;
@@ -156,14 +158,15 @@ void bind_decoder(nb::module_& m) {
              c.recurrent = recurrent.data();
              c.conv = conv.data();
              c.slots = slots;
+             c.num_pending = num_pending;
              c.most_pending = most_pending;
              c.pending = pending.data();
              c.pending_window = pending_window.data();
            })
       .def("settle",
-           [](Decoder& self, int64_t slot, int64_t kept) {
+           [](Decoder& self, int64_t slot, int64_t pending, int64_t kept) {
              nb::gil_scoped_release release;
-             self.settle(slot, kept, pool());
+             self.settle(slot, pending, kept, pool());
            })
       .def_prop_ro("workspace_bytes", &Decoder::workspace_bytes)
       .def_prop_ro("experts_read", &Decoder::experts_read)

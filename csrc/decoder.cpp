@@ -458,16 +458,16 @@ DeltaLayer Decoder::delta_layer(const Layer& layer) const {
   return d;
 }
 
-DeltaSequence Decoder::delta_sequence(const Layer& layer, int64_t slot, int64_t kept) const {
+DeltaSequence Decoder::delta_sequence(const Layer& layer, int64_t slot, int64_t pending) const {
   const DeltaShape shape = delta_layer(layer).shape;
   const int64_t at = layer.state_layer * cache.slots + slot;
   const int64_t channels = delta_channels(shape);
   DeltaSequence s;
-  s.kept = kept;
   s.state = cache.recurrent + at * shape.value_heads * shape.key_dim * shape.value_dim;
   s.window = cache.conv + at * (shape.taps - 1) * channels * cache.number_bytes;
-  s.pending = cache.pending + at * cache.most_pending * delta_pending_floats(shape);
-  s.pending_window = cache.pending_window + at * cache.most_pending * channels * cache.number_bytes;
+  const int64_t row = (layer.state_layer * cache.num_pending + pending) * cache.most_pending;
+  s.pending = cache.pending + row * delta_pending_floats(shape);
+  s.pending_window = cache.pending_window + row * channels * cache.number_bytes;
   return s;
 }
 
@@ -479,7 +479,8 @@ void Decoder::fill_delta_sequences(const Layer& layer, const Step& step) {
   w.delta_captures.reserve(step.captures.size());  // pointers into it must stay
   for (size_t b = 0; b < step.sequences.size(); ++b) {
     const Sequence& s = step.sequences[b];
-    DeltaSequence d = delta_sequence(layer, s.slot, s.kept);
+    DeltaSequence d = delta_sequence(layer, s.slot, s.pending);
+    d.kept = s.kept;
     d.first_row = s.row;
     d.tokens = s.tokens;
     d.speculative = s.speculative;
@@ -519,14 +520,15 @@ void Decoder::delta(const Layer& layer, const Step& step, Team& team) {
   project_back(layer.out, rows, team);
 }
 
-void Decoder::settle(int64_t slot, int64_t kept, ThreadPool& pool) {
+void Decoder::settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool) {
   const DeltaKernels& kernels = delta_kernels(current_isa());
   std::vector<Buffer> scratch(pool.threads());
   pool.run([&](Team& team) {
     for (const Layer& layer : layers) {
       if (layer.is_attention) continue;
       const DeltaLayer delta = delta_layer(layer);
-      const DeltaSequence sequence = delta_sequence(layer, slot, kept);
+      DeltaSequence sequence = delta_sequence(layer, slot, pending);
+      sequence.kept = kept;
       DeltaBatch batch;
       batch.sequences = &sequence;
       batch.num_sequences = 1;

@@ -63,9 +63,9 @@ struct Cache {
   float* recurrent = nullptr;  // [delta layers][slots][W][K][M]
   uint8_t* conv = nullptr;     // [delta layers][slots][J-1][ch]
   int64_t slots = 0, number_bytes = 4;
-  // What a speculative step leaves behind until the next one, [delta layers][slots][most][...]:
-  // how each token would change the state, and its convolution inputs.
-  int64_t most_pending = 0;
+  // What a speculative step leaves behind until the next one, [delta layers][num][most][...]: how
+  // each token would change the state, and its convolution inputs.
+  int64_t num_pending = 0, most_pending = 0;
   float* pending = nullptr;
   uint8_t* pending_window = nullptr;
 };
@@ -77,6 +77,7 @@ struct Sequence {
   int64_t first = 0;    // first position that exists
   int64_t slot = 0;
   int64_t kept = 0;     // pending tokens that were accepted
+  int64_t pending = 0;  // where they are
   bool speculative = false;
   const int64_t* pages = nullptr;
 };
@@ -117,7 +118,7 @@ class Decoder {
   void forward_mtp(const Step& step, ThreadPool& pool);
 
   // Apply `kept` pending tokens of a slot to its state, in every delta layer.
-  void settle(int64_t slot, int64_t kept, ThreadPool& pool);
+  void settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool);
 
   // Bytes of the working buffers at present.
   int64_t workspace_bytes() const;
@@ -133,7 +134,7 @@ class Decoder {
   void delta(const Layer& layer, const Step& step, Team& team);
   AttentionJob attention_job(const Layer& layer) const;
   DeltaLayer delta_layer(const Layer& layer) const;
-  DeltaSequence delta_sequence(const Layer& layer, int64_t slot, int64_t kept) const;
+  DeltaSequence delta_sequence(const Layer& layer, int64_t slot, int64_t pending) const;
   void fill_delta_sequences(const Layer& layer, const Step& step);
   void feed_forward(const Layer& layer, const Step& step, Team& team);
   void group_by_expert(int64_t experts, int64_t rows);

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.model.parity import CASES, build
 
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
-from tests.model.parity import CASES, build
 
 BOUND = 2e-4
 CHOSEN = [
@@ -32,7 +32,7 @@ class Twins:
         sizes = {"num_slots": 6, "num_pages": 24, "track_mtp": model.mtp is not None}
         self.runners = (
             Runner(model, **sizes),
-            NativeRunner(NativeModel.from_model(model), **sizes),
+            NativeRunner(NativeModel.from_model(model), num_speculative=3, max_drafts=4, **sizes),
         )
         self.worst = 0.0
 

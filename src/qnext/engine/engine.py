@@ -123,6 +123,7 @@ class Engine:
         max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
+        limit = DraftPolicy(setting).limit
         sizes = CacheSizes.within(
             config,
             memory_bytes=memory_bytes,
@@ -130,8 +131,8 @@ class Engine:
             max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
-            max_drafts=DraftPolicy(setting).limit,
-            rollback=rollback,
+            max_drafts=limit,
+            rollback="deferred" if isinstance(model, NativeModel) else rollback,
         )
         slots = {
             "num_slots": sizes.num_slots + sizes.num_snapshots,
@@ -139,7 +140,9 @@ class Engine:
             "track_mtp": setting != 0,
         }
         runner = (
-            NativeRunner(model, **slots)
+            NativeRunner(
+                model, num_speculative=sizes.num_slots if limit else 0, max_drafts=limit, **slots
+            )
             if isinstance(model, NativeModel)
             else Runner(model, rollback=rollback, **slots)
         )
@@ -169,7 +172,7 @@ class Engine:
                 )
             key = {
                 **(cache_key or {}), "config": config.to_dict(), "layout": runner.cache.layout,
-                "page_tokens": PAGE_SIZE, "kernels": list(model.ops.report),
+                "page_tokens": PAGE_SIZE, "kernels": list(model.kernels),
                 "torch": torch.__version__, "batch_invariant": batch_invariant,
             }  # fmt: skip
             self.attach(

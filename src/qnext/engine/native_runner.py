@@ -17,24 +17,46 @@ _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
 
 
 class NativeRunner(Runner):
-    """One native model and one cache; ``track_mtp`` keeps what the MTP head needs."""
+    """One native model and one cache; ``track_mtp`` keeps what the MTP head needs.
+
+    At most ``num_speculative`` sequences have drafts, ``max_drafts`` each.
+    """
 
     def __init__(
-        self, model: NativeModel, *, num_slots: int, num_pages: int, track_mtp: bool
+        self,
+        model: NativeModel,
+        *,
+        num_slots: int,
+        num_pages: int,
+        track_mtp: bool,
+        num_speculative: int = 0,
+        max_drafts: int = 0,
     ) -> None:
         self.native = model
-        self._deferred = DeferredCache(model, num_slots=num_slots, num_pages=num_pages)
+        self._deferred = DeferredCache(
+            model,
+            num_slots=num_slots,
+            num_pages=num_pages,
+            num_pending=num_speculative,
+            most_pending=max_drafts + 1 if num_speculative else 0,
+        )
         self._set_up(self._deferred, track_mtp=track_mtp)
 
     @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Tensor:
+        self._own_backlog()
         cache = self._deferred
         starts = _starts(works)
         cache.begin(
             [Piece(work.slot, len(work.ids), work.start, work.speculative) for work in works]
         )
         sequences, pages = _table(
-            works, starts, [(0, cache.kept[work.slot], work.speculative) for work in works]
+            works,
+            starts,
+            [
+                (0, cache.kept[work.slot], work.speculative, cache.pending_row.get(work.slot, 0))
+                for work in works
+            ],
         )
         captures = [
             (b, count, slot) for b, work in enumerate(works) for count, slot in work.captures
@@ -58,7 +80,7 @@ class NativeRunner(Runner):
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
         starts = _starts(works)
-        sequences, pages = _table(works, starts, [(work.first, 0, False) for work in works])
+        sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
         out = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(works), self.native.config.vocab_size)
         rows = np.array(starts[1:], dtype=np.int32) - 1
@@ -88,13 +110,14 @@ def _starts(works: Sequence[Work] | Sequence[MtpWork]) -> list[int]:
 def _table(
     works: Sequence[Work] | Sequence[MtpWork],
     starts: Sequence[int],
-    rest: Sequence[tuple[int, int, bool]],
+    rest: Sequence[tuple[int, int, bool, int]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[B, 8]: row, tokens, before, first, slot, kept, speculative, page offset; and all pages."""
+    """[B, 9], columns as in bind_decoder.cpp; and the pages of all sequences."""
     rows, pages = [], []
-    for b, (work, (first, kept, speculative)) in enumerate(zip(works, rest, strict=True)):
+    for b, (work, (first, kept, speculative, pending)) in enumerate(zip(works, rest, strict=True)):
         rows.append(
-            (starts[b], len(work.ids), work.start, first, work.slot, kept, speculative, len(pages))
-        )
+            (starts[b], len(work.ids), work.start, first, work.slot, kept, speculative, pending,
+             len(pages))
+        )  # fmt: skip
         pages.extend(work.pages)
     return np.array(rows, dtype=np.int64), np.array(pages or [0], dtype=np.int64)

@@ -21,8 +21,6 @@ from qnext.model.model import CausalLM
 
 FORMATS = {"f32": 0, "bf16": 1, "q8": 2, "q4": 3}
 _TORCH = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MOST_PENDING = 8
-"""Tokens a speculative step may leave undecided: the newest one and its drafts."""
 
 
 class Packed(Protocol):
@@ -104,13 +102,10 @@ class NativeModel:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """What runs: the instruction set, the threads, the formats of the weights."""
+        """What runs: the instruction set, and the formats of the weights."""
         n = self._native
         found = sorted({_format_of(weight) for weight in self._weights.values()})
-        return (
-            f"decoder: native, {n.isa()}, {n.threads()} thread{'s' if n.threads() > 1 else ''}",
-            f"weights: {', '.join(found)}",
-        )
+        return f"decoder: native ({n.isa()})", f"weights: {', '.join(found)}"
 
     # -- building --------------------------------------------------------------------------------
 
@@ -275,55 +270,87 @@ class DeferredCache(HybridCache):
     ``keep`` counts the accepted ones; the next step applies them while it reads the state anyway,
     with the arithmetic stepping would have used. Whoever copies a state applies them first.
 
-    pending [delta layers, slots, most, U K + W M + W] float32: normalised key, correction, decay;
-    pending_window [delta layers, slots, most, ch] in the cache's dtype: the convolution's inputs.
+    ``num_pending`` sequences may have undecided tokens at once, ``most_pending`` each. pending
+    [delta layers, num_pending, most, U K + W M + W] float32: normalised key, correction, decay;
+    pending_window [delta layers, num_pending, most, ch]: the convolution's inputs.
     """
 
-    def __init__(self, model: NativeModel, *, num_slots: int, num_pages: int) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        num_slots: int,
+        num_pages: int,
+        num_pending: int = 0,
+        most_pending: int = 0,
+    ) -> None:
         config = model.config
         super().__init__(config, num_slots=num_slots, num_pages=num_pages, dtype=model.dtype)
-        self.model = model
-        layers = len(config.delta_layers)
-        size = (layers, num_slots, MOST_PENDING)
+        self.model, self.most_pending = model, most_pending
+        size = (len(config.delta_layers), num_pending, most_pending)
         per_token = config.delta_key_dim + config.delta_value_dim + config.linear_num_value_heads
         self.pending = torch.zeros(*size, per_token)
         self.pending_window = torch.zeros(*size, config.conv_channels, dtype=model.dtype)
         self.kept = [0] * num_slots
         """By slot: pending tokens that were accepted and are not in the state yet."""
+        self.pending_row: dict[int, int] = {}
+        """By slot: where its pending tokens are."""
+        self._free_rows = list(range(num_pending - 1, -1, -1))
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
         model.decoder.set_cache(
-            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
-            model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8), num_slots,
-            MOST_PENDING, self.pending, self.pending_window.view(torch.uint8),
+            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
+            self.recurrent, self.conv.view(torch.uint8), num_slots, num_pending, most_pending,
+            self.pending, self.pending_window.view(torch.uint8),
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         pending = (self.pending, self.pending_window)
         return super().nbytes + sum(x.numel() * x.element_size() for x in pending)
 
     def open(self) -> int:
+        """Take a slot for a new, empty sequence; the state of its former owner is cleared."""
         slot = super().open()
         self.kept[slot] = 0
         return slot
 
+    def close(self, slot: int) -> None:
+        """Give a slot back."""
+        super().close(slot)
+        if slot in self.pending_row:
+            self._free_rows.append(self.pending_row.pop(slot))
+
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
-            self.model.decoder.settle(slot, self.kept[slot])
+            self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
+    def slot_bytes(self, slot: int) -> bytes:
+        """State, convolution window and last hidden row of one slot, copied out."""
+        self.settle(slot)
+        return super().slot_bytes(slot)
+
+    def load_slot(self, slot: int, length: int, data: bytes) -> None:
+        """Put the bytes of ``slot_bytes`` of a sequence of ``length`` tokens into a slot."""
+        super().load_slot(slot, length, data)
+        self.kept[slot] = 0
+
     def copy_slot(self, source: int, target: int) -> None:
+        """Copy state and length of one slot to another; both belong to the same prefix now."""
         self.settle(source)
         super().copy_slot(source, target)
         self.kept[target] = 0
 
     def save(self, slot: int) -> Saved:
+        """Copy the state of a sequence out of the cache; its pages stay its own."""
         self.settle(slot)
         return super().save(slot)
 
     def load(self, slot: int, saved: Saved) -> None:
+        """Put a saved state into a slot; pages with its first ``length`` tokens must be mapped."""
         super().load(slot, saved)
         self.kept[slot] = 0
 
@@ -334,7 +361,10 @@ class DeferredCache(HybridCache):
         assert self._open_pieces is None, "keep() of the previous step has not been called"
         for piece in pieces:
             assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
-            assert not piece.speculative or piece.tokens <= MOST_PENDING, piece
+            if piece.speculative and self.pending.shape[0]:
+                assert piece.tokens <= self.most_pending, (piece, self.most_pending)
+                if piece.slot not in self.pending_row:
+                    self.pending_row[piece.slot] = self._free_rows.pop()
         self._open_pieces = tuple(pieces)
 
     def remember(self, hidden: Tensor, captures: Sequence[tuple[int, int, int]]) -> None:
@@ -353,6 +383,7 @@ class DeferredCache(HybridCache):
             self.kept[slot] = 0
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
+        """Make the first ``counts[b]`` tokens of the last step permanent, forget the rest."""
         pieces, self._open_pieces = self._open_pieces, None
         assert pieces is not None, "keep() without a step"
         assert self._hidden is not None
@@ -363,7 +394,7 @@ class DeferredCache(HybridCache):
             assert piece.speculative or count == piece.tokens, (
                 "tokens can only be dropped from a speculative sequence"
             )
-            if piece.speculative:
+            if piece.slot in self.pending_row and piece.speculative:
                 self.kept[piece.slot] = count
             self._lengths[piece.slot] = piece.before + count
             if count:
