@@ -25,5 +25,6 @@ ThreadPool& pool();
 void bind_gated_delta(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_probe(nb::module_& m);
 
 }  // namespace qnext

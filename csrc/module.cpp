@@ -48,4 +48,5 @@ NB_MODULE(_native, m) {
   bind_gated_delta(m);
   bind_norm(m);
   bind_linear(m);
+  bind_probe(m);
 }
