@@ -1,4 +1,6 @@
 // qnext._native.gated_delta: a delta layer between its projections, on slots of a cache.
+#include <algorithm>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -33,6 +35,10 @@ WindowType window_type(const AnyArray& array, const char* name) {
   expect(f32 || bf16, std::string(name) + ": expected float32 or bfloat16.");
   return f32 ? WindowType::f32 : WindowType::bf16;
 }
+
+// Kept between calls: pages of fresh memory would cost more than a step of one token.
+std::vector<char> scratch;
+std::mutex scratch_lock;
 
 struct Slots {
   float* state;
@@ -160,8 +166,9 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
   nb::gil_scoped_release release;
   const int64_t bytes = (kernels.scratch_bytes(s) + 63) / 64 * 64;
   ThreadPool& threads = pool();
-  const auto scratch = std::make_unique<char[]>(static_cast<size_t>(bytes * threads.threads() + 64));
-  char* first = scratch.get();
+  const std::lock_guard<std::mutex> one_call(scratch_lock);
+  scratch.resize(std::max(scratch.size(), static_cast<size_t>(bytes * threads.threads() + 64)));
+  char* first = scratch.data();
   first += 63 - (reinterpret_cast<uintptr_t>(first) + 63) % 64;
   threads.run([&](Team& team) {
     kernels.forward(layer, batch, first + bytes * team.thread, team);

@@ -17,16 +17,19 @@ MAY_IMPORT = {
     "config": {"errors"},
     "errors": set(),
     "native": {"errors"},
-    "cost": {"config", "errors"},
+    "quantization": {"errors"},
+    "cost": {"config", "quantization", "errors"},
     "ops": {"native", "errors"},
     "model": {"ops", "native", "config", "errors"},
-    "weights": {"model", "ops", "native", "config", "errors"},
+    "weights": {"model", "ops", "native", "config", "quantization", "errors"},
     "text": {"errors"},
     "engine": {"model", "ops", "native", "config", "cost", "errors"},
-    "llm": {"engine", "model", "ops", "text", "weights", "config", "errors"},
+    "answers": {"engine", "text"},
+    "llm": {"answers", "engine", "model", "ops", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "errors"},
+            "doctor", "info", "terminal_chat", "cache_command", "errors"},
+    "cache_command": {"engine", "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
     "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
@@ -47,7 +50,7 @@ CONFINED = {
 
 # Inside the engine, policy is written without tensors.
 WITHOUT_TORCH = ["engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/worth.py",
-                 "config.py", "cost.py", "errors.py"]  # fmt: skip
+                 "config.py", "cost.py", "quantization.py", "errors.py"]  # fmt: skip
 
 MAX_LINES = 700
 

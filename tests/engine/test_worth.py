@@ -27,9 +27,9 @@ class Shelf:
         full = after.length // PAGE if after else 0
         shared = after.pages[:full] if after else []
         fresh = self.pool.take(-(-len(ids) // PAGE) - full)
-        snapshot = self.cache.insert(
-            ids, slot=self.cache.take_slot(), pages=[*shared, *fresh], mtp_first=1, why=why
-        )
+        slot = self.cache.take_slot()
+        assert slot is not None
+        snapshot = self.cache.insert(ids, slot=slot, pages=[*shared, *fresh], mtp_first=1, why=why)
         self.pool.give_back(fresh)  # the sequence has ended: only the snapshot holds them
         return snapshot
 

@@ -68,13 +68,13 @@ class Traffic:
         choices = max(dice(-9, 3), 1)
         priority = (0, 0, 0, 1, -1)[dice(0, 4)]
         bad = ((self._token(),), (self._token(), self._token()))[: max(dice(-12, 2), 0)]
-        made = []
+        made, group = [], f"g{self._made}" if dice(0, 3) else ""
         for choice in range(1 if score_only else choices):
             self._made += 1
             request = Request(
                 id=f"r{self._made}", prompt_ids=prompt, params=params, priority=priority,
                 eos_ids=() if self.plain else (self.vocab_size - 1,), choice=choice, hints=hints,
-                score_only=score_only, bad_ids=() if self.plain else bad,
+                group=group, score_only=score_only, bad_ids=() if self.plain else bad,
             )  # fmt: skip
             made.append(request)
         return made
@@ -192,12 +192,13 @@ class Session:
         """One step of the engine, and every check."""
         scheduler = self.engine.scheduler
         cancelled, self._cancelled = self._cancelled, []
-        waited = {s.request.id: s.order for s in scheduler.waiting}
+        waited = {s.request.id: (s.order, s.family) for s in scheduler.waiting}
+        families = {s.family for s in scheduler.running} - {None}
         for event in self.engine.step():
             self._take(event)
         for name in cancelled:
             assert name not in self.live, f"S10: {name} was cancelled and did not end"
-        self._check_order(waited)
+        self._check_order(waited, families)
         self.check()
         if self.looks and self.engine.steps % 10 == 0:
             self.check_snapshots()
@@ -261,23 +262,28 @@ class Session:
             self._later.pop(request.id, None)
             del self.live[request.id], self.events[request.id]
 
-    def _check_order(self, waited: dict[str, tuple[float, int]]) -> None:
+    def _check_order(self, waited: dict[str, Any], families: set[Any]) -> None:
         """S6 and S13, counted from outside: who runs now, and after whom was it his turn.
 
-        ``waited`` says who waited before the step, and in which order.
+        ``waited`` says who waited before the step, in which order, and with whom they share their
+        prompt; ``families`` are those of which somebody ran. Who waits for them is not overtaken.
         """
         scheduler = self.engine.scheduler
         started = [s for s in scheduler.running if s.request.id in waited]
+        families |= {waited[s.request.id][1] for s in started} - {None}
         for sequence in scheduler.waiting:
-            if sequence.request.id not in waited or sequence.slot is not None:
+            name = sequence.request.id
+            if name in waited and waited[name][1] in families:
+                continue
+            if name not in waited or sequence.slot is not None:
                 self._overtaken[sequence.request.id] = self._later[sequence.request.id] = 0
                 continue
             self._later[sequence.request.id] += sum(s.arrival > sequence.arrival for s in started)
             # Those admitted together are counted together, so the bound may be passed by a step's.
             most = MAX_OVERTAKINGS + MAX_BYPASS + scheduler.num_slots
             assert self._later[sequence.request.id] <= most, f"S13: {sequence.request.id} starves"
-            own = waited[sequence.request.id]
-            later = sum(waited[s.request.id] > own for s in started)
+            own, _ = waited[sequence.request.id]
+            later = sum(waited[s.request.id][0] > own for s in started)
             self._overtaken[sequence.request.id] += later
             times = self._overtaken[sequence.request.id]
             assert times <= MAX_BYPASS, f"S6: {sequence.request.id} was overtaken {times} times"

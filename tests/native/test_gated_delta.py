@@ -1,4 +1,4 @@
-"""The native delta layer equals its plain parts, and stepping, verifying and keeping agree in bits."""
+"""The native delta layer equals its plain parts; stepping, verifying and keeping agree in bits."""
 
 from dataclasses import dataclass, field
 
@@ -267,7 +267,6 @@ class TestCaptures:
     def test_a_capture_is_the_state_after_so_many_tokens(self, kernels, length, counts, dtype):
         layer = Delta(dtype=dtype)
         inputs = layer.inputs(3 + length)
-        parts, _, _ = layer.delta_inputs(inputs, [3, length], layer.window[:2])
         captures = [(1, count, 2 + i) for i, count in enumerate(counts)]
         before = layer.copy()
         want_y, want_state, want_window = before.want(inputs, [3, length])

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from qnext import cost
-from qnext.config import ModelConfig
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
@@ -31,6 +30,7 @@ from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.tier import DiskTier
 from qnext.engine.ties import tie_bound
@@ -41,65 +41,6 @@ from qnext.model.model import CausalLM
 
 DRAIN_S = 10.0
 """Time to write the prefix cache to disk when the engine is closed."""
-MAX_BACKLOG = 256
-"""Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheSizes:
-    """How a memory budget is spent."""
-
-    num_slots: int
-    """Sequences that can run at once."""
-    num_snapshots: int
-    num_pages: int
-    state_bytes: int
-    """Memory of a snapshot beside its pages."""
-    page_bytes: int
-
-    @classmethod
-    def within(
-        cls,
-        config: ModelConfig,
-        *,
-        memory_bytes: int,
-        max_num_seqs: int,
-        max_model_len: int,
-        dtype: str,
-        prefix_cache: bool,
-    ) -> "CacheSizes":
-        """State slots of the running sequences first, then snapshots and pages.
-
-        A quarter of what is left goes to snapshots, at most eight per running sequence. Raises
-        RequestError when not even one page fits.
-        """
-        state = sum(
-            (
-                cost.state_bytes_per_sequence(config),
-                cost.conv_bytes_per_sequence(config, dtype),
-                int(config.hidden_size * cost.number_bytes(dtype)),
-            )
-        )
-        token = cost.kv_bytes_per_token(config, dtype)
-        if config.num_mtp_layers:
-            token += cost.mtp_kv_bytes_per_token(config, dtype)
-        page = max(token * PAGE_SIZE, 1)
-        left = memory_bytes - max_num_seqs * state
-        if left < page:
-            raise RequestError(
-                f"memory: {memory_bytes:,} bytes do not hold the state of {max_num_seqs} sequences "
-                f"({max_num_seqs * state:,} bytes) and one page of keys and values "
-                f"({page:,} bytes). Raise memory or lower max_num_seqs."
-            )
-        snapshots = min(left // 4 // state, 8 * max_num_seqs) if prefix_cache else 0
-        most = (max_num_seqs + snapshots) * (-(-(max_model_len + MAX_DRAFTS + 1) // PAGE_SIZE) + 1)
-        return cls(
-            num_slots=max_num_seqs,
-            num_snapshots=snapshots,
-            num_pages=max(1, min((left - snapshots * state) // page, most)),
-            state_bytes=state,
-            page_bytes=page,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +111,10 @@ class Engine:
         cache_key: Mapping[str, Any] | None = None,
     ) -> None:
         config = model.config
+        check_counts(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens,
+        )  # fmt: skip
         if batch_invariant:
             check_path_independence(model)
         setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
@@ -183,6 +128,8 @@ class Engine:
             max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
+            max_drafts=DraftPolicy(setting).limit,
+            rollback=rollback,
         )
         runner = Runner(
             model,
@@ -331,12 +278,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one batch; returns the events of all requests that made visible progress."""
-        events = [
-            self._end(self._sequences[request_id], reason)
-            for request_id, reason in self._cancelled.items()
-            if request_id in self._sequences
-        ]
+        gone: list[tuple[Running, FinishReason]] = []
+        for name, reason in self._cancelled.items():
+            if name in self._sequences:
+                gone.append((self._sequences[name], reason))
         self._cancelled.clear()
+        self._catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
+        events = [self._end(sequence, reason) for sequence, reason in gone]
         items = self.scheduler.plan()
         if items:
             events.extend(self._run(items))
@@ -357,7 +305,7 @@ class Engine:
         item.sequence.done += item.count
         item.sequence.ran += item.count
         # So that a request which interrupts finds the MTP layer's rows in place.
-        self._catch_up(item.sequence)
+        self._catch_up([item.sequence])
         self._plant([item])
         self.background.ran(item)
         return item.count
@@ -371,6 +319,7 @@ class Engine:
         rows: list[SampleRow] = []
         wanted: list[int] = []
         spans: list[tuple[int, int]] = []
+        twins: list[tuple[Running, Running, int]] = []
         at = 0
         for item, work in zip(items, works, strict=True):
             sequence, first = item.sequence, len(rows)
@@ -381,12 +330,17 @@ class Engine:
                     rows.append(self._row(sequence, sequence.drafts[:i]))
                     wanted.append(last - new + i)
             spans.append((first, len(rows)))
+            for twin in self.scheduler.twins(sequence) if self._samples(item) else ():
+                twins.append((sequence, twin, len(rows)))
+                rows.append(self._row(twin, ()))
+                wanted.append(last - 1)
             at = last
+        chosen = logits[wanted] if rows else logits
         tokens: list[int] = []
         rivals: list[Rivals] = []
         if rows:
             tokens, rivals = choose(
-                logits[wanted], rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
+                chosen, rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
             )
         counts, outcomes = [], []
         for item, (first, end) in zip(items, spans, strict=True):
@@ -401,7 +355,8 @@ class Engine:
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
         self._score_prompts(items, works, logits)
-        events = self._advance(items, counts, outcomes, logits, wanted, spans)
+        events = self._advance(items, counts, outcomes, chosen, spans)
+        events += self._begin_twins(twins, tokens, rivals, chosen)
         seconds = self._clock() - started
         if not decoding:
             # What was run is what lies before ``done`` now, drafts that were dropped excepted.
@@ -412,6 +367,8 @@ class Engine:
         ended = [sequence for event, sequence in events if event.finish_reason is not None]
         self._draft([item.sequence for item in items if item.sequence not in ended])
         self._plant(items)
+        self._fork([(source, twin) for source, twin, _ in twins if twin not in ended])
+        self._catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
         for sequence in ended:
             self._end_quietly(sequence)
         return [event for event, _ in events]
@@ -495,11 +452,13 @@ class Engine:
         items: Sequence[Item],
         counts: Sequence[int],
         outcomes: Sequence[tuple[list[int], FinishReason | None]],
-        logits: Tensor,
-        wanted: Sequence[int],
+        chosen: Tensor,
         spans: Sequence[tuple[int, int]],
     ) -> list[tuple[Event, Running]]:
-        """Move every sequence forward by what was kept, and say what it got."""
+        """Move every sequence forward by what was kept, and say what it got.
+
+        ``chosen`` [R, V] are the rows that were sampled from, ``spans`` those of each item.
+        """
         events = []
         for item, count, (emitted, reason), (first, _) in zip(
             items, counts, outcomes, spans, strict=True
@@ -508,30 +467,70 @@ class Engine:
             sequence.done += count
             sequence.ran += count
             sequence.drafts.clear()
-            sequence.output_ids.extend(emitted)
-            sequence.counts.update(emitted)
             if sequence.request.score_only and sequence.done == sequence.length:
                 reason = "length"
-            if not emitted and reason is None:
-                continue
-            logprobs = ()
-            top = sequence.request.params.logprobs
-            if top is not None and emitted:
-                chosen = logits[wanted[first : first + len(emitted)]]
-                logprobs = tuple(logprobs_of(chosen, emitted, [top] * len(emitted)))
-            scored = tuple(sequence.prompt_logprobs)
-            if len(sequence.output_ids) > len(emitted):
-                scored = ()
-            event = Event(
-                request_id=sequence.request.id,
-                token_ids=tuple(emitted),
-                finish_reason=reason,
-                usage=_usage(sequence),
-                logprobs=logprobs,
-                prompt_logprobs=scored,
-            )
-            events.append((event, sequence))
+            if emitted or reason is not None:
+                own = chosen[first : first + len(emitted)]
+                events.append((self._tell(sequence, emitted, reason, own), sequence))
         return events
+
+    def _tell(
+        self,
+        sequence: Running,
+        emitted: Sequence[int],
+        reason: FinishReason | None,
+        chosen: Tensor,
+    ) -> Event:
+        """Add tokens to an answer; ``chosen`` [n, V] are the logits they were sampled from."""
+        sequence.output_ids.extend(emitted)
+        sequence.counts.update(emitted)
+        logprobs = ()
+        top = sequence.request.params.logprobs
+        if top is not None and emitted:
+            logprobs = tuple(logprobs_of(chosen, emitted, [top] * len(emitted)))
+        scored = tuple(sequence.prompt_logprobs)
+        if len(sequence.output_ids) > len(emitted):
+            scored = ()
+        return Event(
+            request_id=sequence.request.id,
+            token_ids=tuple(emitted),
+            finish_reason=reason,
+            usage=_usage(sequence),
+            logprobs=logprobs,
+            prompt_logprobs=scored,
+        )
+
+    # -- several answers to one prompt -----------------------------------------------------------
+
+    def _begin_twins(
+        self,
+        twins: Sequence[tuple[Running, Running, int]],
+        tokens: Sequence[int],
+        rivals: Sequence[Rivals],
+        chosen: Tensor,
+    ) -> list[tuple[Event, Running]]:
+        """First tokens of the requests that waited for a prompt to be run.
+
+        ``twins`` are (who ran it, who waited, row of ``chosen`` [R, V]): the row is that of the
+        prompt's last token for all of them, each samples from it with its own noise.
+        """
+        events = []
+        for source, twin, row in twins:
+            twin.prompt_logprobs = list(source.prompt_logprobs)
+            twin.report = source.report
+            if source.report is not None:
+                self.scheduler.log.add(twin.request.id, source.report, counted=False)
+            twin.near_ties += bool(rivals[row])
+            emitted, reason = self._accept(twin, [tokens[row]])
+            events.append((self._tell(twin, emitted, reason, chosen[row : row + 1]), twin))
+        return events
+
+    def _fork(self, twins: Sequence[tuple[Running, Running]]) -> None:
+        """Let those who waited for a prompt go on from it, now or from a snapshot later."""
+        self._catch_up(list(dict.fromkeys(source for source, _ in twins)))
+        left = [source for source, twin in twins if not self.scheduler.fork(source, twin)]
+        for source in dict.fromkeys(left):
+            self.scheduler.plant_here(source, "fork")
 
     # -- scoring ---------------------------------------------------------------------------------
 
@@ -562,7 +561,7 @@ class Engine:
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
             s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
-            or s not in counts
+            or (s not in counts and not self.policy.rests)
         ]  # fmt: skip
         if not reading:
             return
@@ -614,17 +613,18 @@ class Engine:
 
     def _plant(self, items: Sequence[Item]) -> None:
         """Enter the snapshots taken in this step into the prefix cache."""
+        self._catch_up([item.sequence for item in items if item.captures])
         for item in items:
-            if item.captures:
-                self._catch_up(item.sequence)
             for length, why, slot in item.captures:
                 self.scheduler.plant(item.sequence, length, why, slot)
 
-    def _catch_up(self, sequence: Running) -> None:
-        """Before a snapshot: its pages should hold the MTP layer's rows too."""
-        assert sequence.slot is not None
-        if self.policy.limit and self.runner.backlog(sequence.slot):
-            self.runner.fill([self._reading(sequence)])
+    def _catch_up(self, sequences: Sequence[Running]) -> None:
+        """Before snapshots: their pages should hold the MTP layer's rows too, read in one go."""
+        if not self.policy.limit:
+            return
+        behind = [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
+        if behind:
+            self.runner.fill([self._reading(s) for s in behind])
 
     # -- ends ------------------------------------------------------------------------------------
 
@@ -638,10 +638,13 @@ class Engine:
         self._end_quietly(sequence)
         return event
 
+    def _leaves_snapshot(self, sequence: Running) -> bool:
+        """Whether somebody may want to go on from where a sequence ends."""
+        return bool(sequence.slot is not None and self.prefix.num_slots and sequence.output_ids)
+
     def _end_quietly(self, sequence: Running) -> None:
         """Leave a snapshot of where the sequence got to, and free the rest."""
-        if sequence.slot is not None and self.prefix.num_slots and sequence.output_ids:
-            self._catch_up(sequence)
+        if self._leaves_snapshot(sequence):
             self.scheduler.plant_here(sequence, "end")
         self.scheduler.release(sequence)
         self.policy.forget(sequence.request.id)
@@ -660,7 +663,8 @@ def _usage(sequence: Running) -> Usage:
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=len(sequence.output_ids),
-        cached_tokens=sequence.cached or 0,
+        cached_tokens=sequence.report.cached if sequence.report else 0,
+        cache=sequence.report,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         near_ties=sequence.near_ties,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qnext.engine.blocks import PagePool
+from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import Request, TokenLogprobs
 from qnext.engine.tier import Fetched
@@ -72,10 +73,8 @@ class Sequence:
     """First position whose MTP keys and values exist."""
     drafts: list[int] = field(default_factory=list)
     """Proposed tokens after the newest one."""
-    cached: int | None = None
-    """Prompt tokens that came from a snapshot; None before the first admission."""
-    known: int = 0
-    """Prompt tokens that had been seen before, reused or not."""
+    report: CacheReport | None = None
+    """What of the prompt was reused; None before the first admission."""
     drafted: int = 0
     accepted: int = 0
     near_ties: int = 0
@@ -99,6 +98,14 @@ class Sequence:
     def length(self) -> int:
         """Tokens of prompt and output together."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def family(self) -> tuple[object, ...] | None:
+        """What it shares with requests that can go on from its prompt; None once it answers."""
+        request = self.request
+        if not request.group or self.output_ids or request.score_only:
+            return None
+        return (request.group, request.prompt_ids, request.params.prompt_logprobs)
 
     @property
     def scores_prompt(self) -> bool:
@@ -125,6 +132,16 @@ class Sequence:
         if start >= split:
             return self.output_ids[start - split : end - split]
         return [*prompt[start:end], *self.output_ids[: max(end - split, 0)]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a sequence can start: a snapshot, or another one that runs the same prompt."""
+
+    length: int
+    slot: int
+    pages: list[int]
+    mtp_first: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +190,7 @@ class Scheduler:
         self.max_drafts, self.interval = max_drafts, interval
         self.fetch: Callable[[list[int], Snapshot | None], Fetched] | None = None
         """Brings a snapshot of these tokens into the prefix cache, if the disk has a deeper one."""
+        self.log = CacheLog()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parkings = 0
@@ -268,9 +286,11 @@ class Scheduler:
         items = []
         for sequence in decoding:
             # A prompt of one token, or the last token of a prompt, may plant a snapshot too; the
-            # state in the middle of drafts is not settled, so then nothing is drafted.
+            # state in the middle of drafts is not settled, so then nothing is drafted. The same
+            # holds where others are to go on from the end of its prompt.
             captures = self._captures(sequence, sequence.done + 1) if sequence.plants else ()
-            drafts = 0 if captures else min(len(sequence.drafts), budget - reserve)
+            settled = captures or self.twins(sequence)
+            drafts = 0 if settled else min(len(sequence.drafts), budget - reserve)
             del sequence.drafts[max(drafts, 0) :]
             budget -= len(sequence.drafts)
             count = 1 + len(sequence.drafts)
@@ -324,16 +344,24 @@ class Scheduler:
         blocked: list[Sequence] = []
         admitted: list[Sequence] = []
         reachable: int | None = None
+        in_prompt = {s.family for s in self.running} - {None}
         for sequence in list(self.waiting):
+            if sequence.family in in_prompt:
+                continue  # it goes on from there when that prompt has run
             if len(self.running) >= self.num_slots:
                 break
             if any(one.bypassed >= MAX_BYPASS for one in blocked):
                 break
             if reachable is None:
                 reachable = self.pool.free + self.prefix.evictable()
+            is_new = sequence.report is None
             if self._try_admit(sequence, reachable):
+                if is_new and sequence.report is not None:
+                    self.log.add(sequence.request.id, sequence.report)
                 reachable = None
                 admitted.append(sequence)
+                if sequence.family is not None:
+                    in_prompt.add(sequence.family)
                 for one in blocked:
                     one.bypassed += 1
             else:
@@ -347,14 +375,13 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, reachable: int) -> bool:
         """Let a request in if it fits; ``reachable`` pages are free or could be made so."""
-        known, snapshot = 0, None
+        match, snapshot = self._match(sequence), None
         if not sequence.scores_prompt:
-            match = self._match(sequence)
             if self.fetch is not None and sequence.fetched is None:
                 ids = sequence.tokens(0, sequence.length)
                 sequence.fetched = self.fetch(ids, match.snapshot)
                 match = self._match(sequence)
-            known, snapshot = match.known, match.snapshot
+            snapshot = match.snapshot
         shared = snapshot.length // self.page_size if snapshot else 0
         need = self._pages(self._reach(sequence)) - shared
         wanted = need + len(self.running)  # a page more for everybody who runs
@@ -368,15 +395,43 @@ class Scheduler:
                 or not self.prefix.make_room(wanted)
             ):
                 return False
+            if sequence.report is None:
+                sequence.report = self._explain(sequence, match, snapshot)
             self._start(sequence, snapshot, need)
         finally:
             if snapshot is not None:
                 snapshot.pinned -= 1
-        if sequence.cached is None:
-            sequence.cached = snapshot.length if snapshot else 0
-            sequence.known = min(known, sequence.length - 1)
-        sequence.plants = self._plants(sequence, known)
+        if snapshot is not None:
+            self.prefix.use(snapshot)
+        sequence.plants = self._plants(sequence, 0 if sequence.scores_prompt else match.known)
         return True
+
+    def _explain(self, sequence: Sequence, match: Match, snapshot: Snapshot | None) -> CacheReport:
+        """What a request is given from the cache, and why not more."""
+        fetched = sequence.fetched or Fetched()
+        known, expected = match.known, match.expected
+        if fetched.known > known:
+            known, expected = fetched.known, None
+        used, disabled = None, None
+        if snapshot is not None:
+            used = Used(
+                at=snapshot.length, why=snapshot.why, age_s=self.prefix.age(snapshot.born),
+                tier="disk" if snapshot is fetched.snapshot else "memory",
+            )  # fmt: skip
+        if not self.prefix.num_slots:
+            disabled = "prefix_cache"
+        elif sequence.scores_prompt:
+            disabled = "prompt_logprobs"
+        lost = match.lost
+        return explain(
+            sequence.request.prompt_ids,
+            found=Found(
+                known=known, expected=expected,
+                lost=(lost[0], lost[1], self.prefix.age(lost[2])) if lost else None,
+            ),
+            used=used, disabled=disabled, disk_reason=fetched.reason,
+            places=sequence.request.places,
+        )  # fmt: skip
 
     def _match(self, sequence: Sequence) -> Match:
         """The lookup of a request; repeated only when something has changed since the last one."""
@@ -386,8 +441,8 @@ class Scheduler:
             sequence.found = (version, length, match)
         return sequence.found[2]
 
-    def _start(self, sequence: Sequence, snapshot: Snapshot | None, need: int) -> None:
-        """Give a sequence its slot and pages, from a snapshot or from nothing."""
+    def _start(self, sequence: Sequence, snapshot: Snapshot | Origin | None, need: int) -> None:
+        """Give a sequence its slot and pages, from some state of its prefix or from nothing."""
         fresh = self.pool.take(need)
         if snapshot is None:
             sequence.slot = self.slots.open()
@@ -404,10 +459,39 @@ class Scheduler:
             sequence.pages = [*shared, *fresh]
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
-            self.prefix.use(snapshot)
         sequence.ran, sequence.found = 0, None
         self.waiting.remove(sequence)
         self.running.append(sequence)
+
+    # -- several answers to one prompt -----------------------------------------------------------
+
+    def twins(self, sequence: Sequence) -> list[Sequence]:
+        """Requests that wait for a sequence to run the prompt they share with it."""
+        family = sequence.family
+        return [] if family is None else [s for s in self.waiting if s.family == family]
+
+    def fork(self, source: Sequence, sequence: Sequence) -> bool:
+        """Start a waiting sequence where a running one is, if it is its turn and there is room.
+
+        Full pages are shared, a page that is not full and the state are copied.
+        """
+        assert source.slot is not None
+        if len(self.running) >= self.num_slots:
+            return False
+        if any(one.order < sequence.order for one in self.waiting):
+            return False
+        need = self._pages(self._reach(sequence)) - source.done // self.page_size
+        if not self._have(need + len(self.running)):
+            return False
+        origin = Origin(
+            length=source.done,
+            slot=source.slot,
+            pages=source.pages,
+            mtp_first=source.mtp_first if source.mtp_len >= source.done else source.done,
+        )
+        self._start(sequence, origin, need)
+        self._age(self.waiting, [sequence])
+        return True
 
     def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
         """Where this prompt should leave snapshots, the most useful first, in order of length.

@@ -29,26 +29,22 @@ from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, select
 from qnext.weights.folder import (
     INDEX_FILE,
-    PICKLE_SUFFIXES,
     SINGLE_FILE,
     checkpoint_index,
     embedded_models,
     resolve_model,
 )
 from qnext.weights.layout import (
-    EMBEDDING,
     FLOAT32_PARAMETERS,
-    FP8_BLOCK,
-    HEAD,
     Source,
     blocks_of,
-    count_mtp_layers,
     dtype_of,
     expected_shapes,
     match,
     slots,
 )
 from qnext.weights.safetensors_file import MappedFile, OutTensor, TensorInfo, write_file
+from qnext.weights.source import as_stored, fp8_block
 
 __all__ = [
     "TensorInfo",
@@ -64,10 +60,15 @@ _log = logging.getLogger(__name__)
 _COPY_BYTES = 8 * 2**20
 _PROGRESS_BYTES = 2 * 10**9
 _COPIED_ALONG_BYTES = 64 * 2**20
-_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Weights of an earlier save, which must not outlive it."""
-_WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_BELONGS_TO_MODEL = re.compile(
+    r"(tokenizer.*|vocab|special_tokens_map|added_tokens|chat_template|generation_config"
+    r"|preprocessor_config)\.json|merges\.txt|.*\.(jinja|tiktoken)|tokenizer\.model"
+    r"|(licen[cs]e|notice|copying).*",
+    re.IGNORECASE,
+)
+"""What goes with the weights wherever they go; reports and curves tell of one training run."""
 
 
 # -- loading -----------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def load_model(
     folder = resolve_model(path)
     config = ModelConfig.from_file(folder)
     infos = checkpoint_index(folder)
-    block = _fp8_block(config)
+    block = fp8_block(config)
     wanted = _parse_dtype(dtype, config)
     place = _parse_device(device)
     config = _as_loaded(config, infos, wanted, folder)
@@ -174,61 +175,9 @@ def _with_progress(files: Mapping[Path, list[Source]]) -> Any:
 def _as_loaded(
     config: ModelConfig, infos: Mapping[str, TensorInfo], dtype: torch.dtype, folder: Path
 ) -> ModelConfig:
-    """The config of what will be in memory: MTP as found, dtype as asked, nothing quantised."""
-    found = count_mtp_layers(infos)
-    says = [key for key in _MTP_KEYS if key in config.source]
-    if says and found != config.num_mtp_layers:
-        _log.warning(
-            "%s: config.json says %s = %d, the weights have %d; the weights are right.",
-            folder, says[0], config.num_mtp_layers, found,
-        )  # fmt: skip
-    tied = config.tie_word_embeddings
-    if tied and not _head_is_embedding(infos):
-        tied = False
-        _log.warning(
-            "%s: config.json ties %s to the embedding (tie_word_embeddings), but the stored one "
-            "differs; the stored one is used and the model is not tied.",
-            folder, HEAD,
-        )  # fmt: skip
-    source = {k: v for k, v in config.source.items() if k != "quantization_config"}
-    return replace(
-        config,
-        num_mtp_layers=found,
-        tie_word_embeddings=tied,
-        dtype=str(dtype).removeprefix("torch."),
-        source=source,
-    )
-
-
-def _head_is_embedding(infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether the stored head of a tied model, if it has one, is a copy of its embedding."""
-    if HEAD not in infos or EMBEDDING not in infos:
-        return True
-    head, embedding = infos[HEAD], infos[EMBEDDING]
-    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
-        return False
-    with MappedFile(head.file) as one, MappedFile(embedding.file) as other:
-        pieces = blocks_of(one.tensor(head), None, FP8_BLOCK, _COPY_BYTES)
-        copied = other.tensor(embedding)
-        for place, piece in pieces:
-            if not torch.equal(piece.view(torch.uint8), copied[place].view(torch.uint8)):
-                return False
-            one.done_with(piece.nbytes)
-            other.done_with(piece.nbytes)
-    return True
-
-
-def _fp8_block(config: ModelConfig) -> tuple[int, int]:
-    settings = config.source.get("quantization_config")
-    size = settings.get("weight_block_size") if isinstance(settings, dict) else None
-    if size is None:
-        return FP8_BLOCK
-    if not isinstance(size, list) or [type(n) for n in size] != [int, int] or min(size) < 1:
-        raise CheckpointError(
-            "config.json: quantization_config.weight_block_size must be two positive integers, "
-            f"found {size!r}."
-        )
-    return size[0], size[1]
+    """The config of what will be in memory: as the files are, but the dtype as asked."""
+    stored = as_stored(config, infos, folder)
+    return replace(stored, dtype=str(dtype).removeprefix("torch."))
 
 
 def _parse_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
@@ -392,10 +341,7 @@ def _copy_along(source: Path | None, target: Path, scratch: Path) -> None:
     for file in sorted(source.iterdir()):
         if (
             file.is_file()
-            and not file.name.startswith(".")
-            and file.name not in ("config.json", INDEX_FILE)
-            and file.suffix not in _WEIGHT_SUFFIXES
-            and not file.name.endswith(".index.json")
+            and _BELONGS_TO_MODEL.fullmatch(file.name)
             and file.stat().st_size <= _COPIED_ALONG_BYTES
             and not (target / file.name).exists()
         ):

@@ -21,23 +21,48 @@ import torch
 from torch import Tensor
 
 from qnext.errors import CheckpointError
+from qnext.quantization import (
+    BLOCK,
+    COLUMNS,
+    EXPERT_ALIGNMENT,
+    GROUP,
+    LINE,
+    Q4_COLUMNS_BYTES,
+    ROW_SCALES_BYTES,
+    TILE_ROWS,
+    expert_bytes,
+    matrix_bytes,
+    round_up,
+    stored_rows,
+    tile_bytes,
+)
 from qnext.weights.rounding import round_q4, round_q8
 
-TILE_ROWS = 32
-BLOCK = 256
-"""Columns that share a scale in q8."""
-GROUP = 16
-"""Columns that share a scale in q4."""
-LINE = 64
-"""Every matrix and every expert begins on a multiple of so many bytes."""
-EXPERT_ALIGNMENT = 4096
-"""On file every routed expert begins on a multiple of so many bytes: direct reads need that."""
-FORMATS = ("q8", "q4")
 _CHUNK_WEIGHTS = 1 << 22
 """Weights that are packed or unpacked at once, which bounds the memory for it."""
-_COLUMNS = 32
-_Q4_COLUMNS_BYTES = 576
-_ROW_SCALES_BYTES = TILE_ROWS * 4
+
+
+__all__ = [
+    "EXPERT_ALIGNMENT",
+    "LINE",
+    "PackedExperts",
+    "PackedMatrix",
+    "empty_experts",
+    "expert_bytes",
+    "experts_of",
+    "matrix_bytes",
+    "pack",
+    "pack_experts",
+    "pack_into",
+    "pack_pair",
+    "pack_pair_into",
+    "pack_q4",
+    "pack_q8",
+    "stored_rows",
+    "unpack",
+    "unpack_expert_into",
+    "unpack_into",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,34 +110,6 @@ class PackedExperts:
         return PackedMatrix(self.format, self.stored_rows, self.cols, self.data[index])
 
 
-def stored_rows(rows: int, *, paired: bool) -> int:
-    """Rows of a matrix in memory: both halves of a pair are padded, a single matrix is not."""
-    return 2 * _up(rows // 2, TILE_ROWS) if paired else rows
-
-
-def matrix_bytes(format: str, rows: int, cols: int) -> int:
-    """Bytes of a matrix, a multiple of 64. Raises CheckpointError for an unknown format."""
-    _check_format(format)
-    return ceil(rows / TILE_ROWS) * _tile_bytes(format, cols)
-
-
-def expert_bytes(format: str, width: int, hidden: int) -> tuple[int, int, int]:
-    """(offset of down, bytes used, stride) of one expert of ``width`` in a stack.
-
-    Gate and up come first, at offset 0; the stride is the bytes used, rounded up to 4,096.
-    """
-    down = matrix_bytes(format, stored_rows(2 * width, paired=True), hidden)
-    used = down + matrix_bytes(format, hidden, width)
-    return down, used, _up(used, EXPERT_ALIGNMENT)
-
-
-def format_of_bits(bits: int) -> str:
-    """q4 for 4, q8 for 8. Raises CheckpointError for others."""
-    if bits not in (4, 8):
-        raise CheckpointError(f"bits: expected 4 or 8 for a packed weight, found {bits}.")
-    return f"q{bits}"
-
-
 # -- packing -------------------------------------------------------------------------------------
 
 
@@ -141,7 +138,7 @@ def pack_q8(weight: Tensor, importance: Tensor | None = None) -> PackedMatrix:
 def pack_into(data: Tensor, format: str, weight: Tensor, importance: Tensor | None = None) -> None:
     """``pack`` to bytes that are there already, [matrix_bytes(...)] uint8."""
     rows, cols = _matrix_shape(weight)
-    tile_bytes = _tile_bytes(format, cols)
+    size = tile_bytes(format, cols)
     for first, last in _chunks(rows, cols):
         piece = weight[first:last].float()
         if not bool(piece.isfinite().all()):
@@ -149,7 +146,7 @@ def pack_into(data: Tensor, format: str, weight: Tensor, importance: Tensor | No
                 f"a weight to be packed holds values that are not finite (rows {first} to {last}). "
                 "The checkpoint is damaged or its training diverged."
             )
-        a, b = first // TILE_ROWS * tile_bytes, ceil(last / TILE_ROWS) * tile_bytes
+        a, b = first // TILE_ROWS * size, ceil(last / TILE_ROWS) * size
         if format == "q4":
             data[a:b] = q4_bytes(*round_q4(piece, importance))
         else:
@@ -175,7 +172,7 @@ def pack_pair_into(
         raise CheckpointError(
             f"gate and up must have one shape, found {list(gate.shape)} and {list(up.shape)}."
         )
-    tiles = data.view(-1, 2, _tile_bytes(format, gate.shape[1]))
+    tiles = data.view(-1, 2, tile_bytes(format, gate.shape[1]))
     for half, weight in enumerate((gate, up)):
         tiles[:, half] = pack(format, weight, importance).data.view(len(tiles), -1)
 
@@ -256,9 +253,9 @@ def unpack(packed: PackedMatrix | PackedExperts, dtype: torch.dtype = torch.floa
 
 def unpack_into(out: Tensor, packed: PackedMatrix) -> None:
     """``unpack`` to a tensor [rows, cols] of any float dtype that is there already."""
-    tile_bytes = _tile_bytes(packed.format, packed.cols)
+    size = tile_bytes(packed.format, packed.cols)
     for first, last in _chunks(packed.rows, packed.cols):
-        a, b = first // TILE_ROWS * tile_bytes, ceil(last / TILE_ROWS) * tile_bytes
+        a, b = first // TILE_ROWS * size, ceil(last / TILE_ROWS) * size
         out[first:last] = _values(packed.format, packed.data[a:b], packed.cols)[: last - first]
 
 
@@ -267,7 +264,7 @@ def unpack_expert_into(out: Tensor, packed: PackedExperts, index: int) -> None:
     if not packed.paired:
         unpack_into(out, packed.matrix(index))
         return
-    tiles = packed.data[index].view(-1, 2, _tile_bytes(packed.format, packed.cols))
+    tiles = packed.data[index].view(-1, 2, tile_bytes(packed.format, packed.cols))
     for half, rows in enumerate(out.chunk(2)):
         data = tiles[:, half].reshape(-1)
         unpack_into(rows, PackedMatrix(packed.format, rows.shape[0], packed.cols, data))
@@ -288,28 +285,28 @@ def _values(format: str, data: Tensor, cols: int) -> Tensor:
 def q4_bytes(row_scale: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     """R [rows] float32, s [rows, groups] and q [rows, cols] int8 -> bytes of the tiles, flat."""
     rows, cols = codes.shape
-    tall, wide = _up(rows, TILE_ROWS), _up(cols, _COLUMNS)
+    tall, wide = round_up(rows, TILE_ROWS), round_up(cols, COLUMNS)
     tiles = tall // TILE_ROWS
-    out = torch.empty((tiles, _tile_bytes("q4", cols)), dtype=torch.uint8)
+    out = torch.empty((tiles, tile_bytes("q4", cols)), dtype=torch.uint8)
     R = _padded(row_scale[:, None].float(), tall, 1)
-    out[:, :_ROW_SCALES_BYTES] = R.view(tiles, TILE_ROWS).view(torch.uint8)
-    body = out[:, _ROW_SCALES_BYTES:].unflatten(1, (wide // _COLUMNS, _Q4_COLUMNS_BYTES))
-    s = _padded(scale, tall, wide // GROUP).view(tiles, TILE_ROWS, wide // _COLUMNS, 2)
+    out[:, :ROW_SCALES_BYTES] = R.view(tiles, TILE_ROWS).view(torch.uint8)
+    body = out[:, ROW_SCALES_BYTES:].unflatten(1, (wide // COLUMNS, Q4_COLUMNS_BYTES))
+    s = _padded(scale, tall, wide // GROUP).view(tiles, TILE_ROWS, wide // COLUMNS, 2)
     body[..., :64] = s.permute(0, 2, 3, 1).reshape(tiles, -1, 64).view(torch.uint8)
     q = (_padded(codes, tall, wide) + 8).view(torch.uint8)
     # tile, half of its rows, row | 32 columns, 8 columns, low or high nibble, byte
-    q = q.view(tiles, 2, 16, wide // _COLUMNS, 4, 2, 4).permute(5, 0, 3, 4, 1, 2, 6)
+    q = q.view(tiles, 2, 16, wide // COLUMNS, 4, 2, 4).permute(5, 0, 3, 4, 1, 2, 6)
     body[..., 64:] = (q[0] | q[1] << 4).reshape(tiles, -1, 512)
     return out.view(-1)
 
 
 def q4_integers(data: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bytes of whole tiles -> R [rows] float32, s and q int8, padding included."""
-    wide = _up(cols, _COLUMNS)
-    tiles = data.view(-1, _tile_bytes("q4", cols))
+    wide = round_up(cols, COLUMNS)
+    tiles = data.view(-1, tile_bytes("q4", cols))
     count = tiles.shape[0]
-    R = tiles[:, :_ROW_SCALES_BYTES].contiguous().view(torch.float32).view(-1)
-    body = tiles[:, _ROW_SCALES_BYTES:].unflatten(1, (wide // _COLUMNS, _Q4_COLUMNS_BYTES))
+    R = tiles[:, :ROW_SCALES_BYTES].contiguous().view(torch.float32).view(-1)
+    body = tiles[:, ROW_SCALES_BYTES:].unflatten(1, (wide // COLUMNS, Q4_COLUMNS_BYTES))
     s = body[..., :64].unflatten(2, (2, TILE_ROWS)).permute(0, 3, 1, 2)
     s = s.reshape(count * TILE_ROWS, wide // GROUP).view(torch.int8)
     both = body[..., 64:].unflatten(2, (4, 2, 16, 4)).permute(0, 3, 4, 1, 2, 5)
@@ -320,9 +317,9 @@ def q4_integers(data: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
 def q8_bytes(scale: Tensor, codes: Tensor) -> Tensor:
     """d [rows, blocks] float32 and q [rows, cols] int8 -> bytes of the tiles, flat."""
     rows, cols = codes.shape
-    tall, wide = _up(rows, TILE_ROWS), _up(cols, _COLUMNS)
+    tall, wide = round_up(rows, TILE_ROWS), round_up(cols, COLUMNS)
     tiles = tall // TILE_ROWS
-    out = torch.empty((tiles, _tile_bytes("q8", cols)), dtype=torch.uint8)
+    out = torch.empty((tiles, tile_bytes("q8", cols)), dtype=torch.uint8)
     d = _padded(scale.float(), tall, ceil(wide / BLOCK)).view(tiles, TILE_ROWS, -1)
     q = _padded(codes, tall, wide).view(torch.uint8) ^ 128
     for places, columns in _blocks(cols):
@@ -330,44 +327,37 @@ def q8_bytes(scale: Tensor, codes: Tensor) -> Tensor:
         blocks = ceil(count / BLOCK)
         part = out[:, places[0] : places[1]].unflatten(1, (blocks, -1))
         first = columns[0] // BLOCK
-        part[..., :_ROW_SCALES_BYTES] = (
+        part[..., :ROW_SCALES_BYTES] = (
             d[:, :, first : first + blocks].transpose(1, 2).contiguous().view(torch.uint8)
         )
         piece = q[:, columns[0] : columns[1]].reshape(tiles, 2, 16, blocks, -1, 4)
-        part[..., _ROW_SCALES_BYTES:] = piece.permute(0, 3, 4, 1, 2, 5).reshape(tiles, blocks, -1)
+        part[..., ROW_SCALES_BYTES:] = piece.permute(0, 3, 4, 1, 2, 5).reshape(tiles, blocks, -1)
     return out.view(-1)
 
 
 def q8_integers(data: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """Bytes of whole tiles -> d [rows, blocks] float32 and q [rows, cols] int8, with padding."""
-    tiles = data.view(-1, _tile_bytes("q8", cols))
+    tiles = data.view(-1, tile_bytes("q8", cols))
     scales, codes = [], []
     for places, columns in _blocks(cols):
         blocks = ceil((columns[1] - columns[0]) / BLOCK)
         part = tiles[:, places[0] : places[1]].unflatten(1, (blocks, -1))
-        d = part[..., :_ROW_SCALES_BYTES].contiguous().view(torch.float32)
+        d = part[..., :ROW_SCALES_BYTES].contiguous().view(torch.float32)
         scales.append(d.transpose(1, 2).reshape(-1, blocks))
-        q = part[..., _ROW_SCALES_BYTES:].unflatten(2, (-1, 2, 16, 4)).permute(0, 3, 4, 1, 2, 5)
+        q = part[..., ROW_SCALES_BYTES:].unflatten(2, (-1, 2, 16, 4)).permute(0, 3, 4, 1, 2, 5)
         codes.append(q.reshape(-1, columns[1] - columns[0]))
     return torch.cat(scales, 1), (torch.cat(codes, 1) ^ 128).view(torch.int8)
 
 
 def _blocks(cols: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """(bytes in a q8 tile, columns) of its whole blocks, then of a shorter last one."""
-    wide = _up(cols, _COLUMNS)
+    wide = round_up(cols, COLUMNS)
     full = wide // BLOCK * BLOCK
-    end = full // BLOCK * (_ROW_SCALES_BYTES + BLOCK * TILE_ROWS)
+    end = full // BLOCK * (ROW_SCALES_BYTES + BLOCK * TILE_ROWS)
     if full:
         yield (0, end), (0, full)
     if wide > full:
-        yield (end, end + _ROW_SCALES_BYTES + (wide - full) * TILE_ROWS), (full, wide)
-
-
-def _tile_bytes(format: str, cols: int) -> int:
-    wide = _up(cols, _COLUMNS)
-    if format == "q4":
-        return _ROW_SCALES_BYTES + wide // _COLUMNS * _Q4_COLUMNS_BYTES
-    return ceil(wide / BLOCK) * _ROW_SCALES_BYTES + wide * TILE_ROWS
+        yield (end, end + ROW_SCALES_BYTES + (wide - full) * TILE_ROWS), (full, wide)
 
 
 def _padded(tensor: Tensor, rows: int, cols: int) -> Tensor:
@@ -387,14 +377,3 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int]:
             f"a weight to be packed must be a matrix [rows, cols], found {list(weight.shape)}."
         )
     return weight.shape[0], weight.shape[1]
-
-
-def _check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise CheckpointError(
-            f"packed format {format!r} is unknown; expected one of {', '.join(FORMATS)}."
-        )
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

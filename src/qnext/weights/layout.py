@@ -65,6 +65,11 @@ class Source:
     transposed: bool = False
     """Stored [..., in, out]."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored tensor."""
+        return DTYPES[self.info.dtype]
+
 
 def slots(model: CausalLM) -> dict[str, Slot]:
     """Published tensor names of a model and where each lives; the tensors of an expert adjoin."""
