@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "llm": {"answers", "engine", "model", "ops", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "cache_command", "errors"},
+            "doctor", "info", "terminal_chat", "cache_command", "bench", "errors"},
+    "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
     "cache_command": {"engine", "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
@@ -37,8 +38,10 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli"},
-    "transformers": set(),
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "bench"},
+    "transformers": {"bench"},
+    "gguf": {"bench"},
+    "llama_cpp": {"bench"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "msgspec": {"serve"},

@@ -126,9 +126,7 @@ def inventory(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, equal shapes grouped."""
     D, V = config.hidden_size, config.vocab_size
     weights = [
-        Weight(
-            component="embedding", shape=(V, D), used=0, is_matrix=False, can_pack=True
-        ),
+        Weight(component="embedding", shape=(V, D), used=0, is_matrix=False, can_pack=True),
         # A tied head is stored as the embedding and still multiplies every token.
         Weight(
             component="lm_head",

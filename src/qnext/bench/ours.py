@@ -106,8 +106,7 @@ class OurSession:
         each = -(-case.length // PAGE_SIZE)
         self._slots = [runner.open() for _ in range(case.sequences)]
         self._pages = [
-            range(first_page + i * each, first_page + (i + 1) * each)
-            for i in range(case.sequences)
+            range(first_page + i * each, first_page + (i + 1) * each) for i in range(case.sequences)
         ]
         saved = runner.cache.save(self._slots[0])
         recurrent, conv = torch.empty_like(saved.recurrent), torch.empty_like(saved.conv)
@@ -115,7 +114,8 @@ class OurSession:
             recurrent.normal_(0.0, 0.05, generator=generator)
             _fill(conv, generator)
         else:
-            recurrent.zero_(), conv.zero_()
+            recurrent.zero_()
+            conv.zero_()
         self._start = Saved(
             length=case.context, recurrent=recurrent, conv=conv, last_hidden=saved.last_hidden
         )
@@ -209,12 +209,16 @@ def time_outside(subject: Subject, *, steps: int) -> float:
     subject.model.decoder = timed
     try:
         engine = Engine(
-            subject.model, max_num_seqs=1, prefix_cache=False, max_model_len=PROMPT_TOKENS + 2 * steps
+            subject.model,
+            max_num_seqs=1,
+            prefix_cache=False,
+            max_model_len=PROMPT_TOKENS + 2 * steps,
         )
         prompt = torch.randint(0, subject.config.vocab_size, (PROMPT_TOKENS,)).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=steps + 2, ignore_eos=True)
         engine.add(Request(id="bench", prompt_ids=tuple(prompt), params=params))
-        engine.step(), engine.step()
+        engine.step()
+        engine.step()
         timed.seconds, start = 0.0, time.perf_counter()
         for _ in range(steps):
             engine.step()

@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,11 +11,13 @@ from qnext import native
 from qnext.bench.cases import (
     Case,
     Repetition,
+    Spread,
     case_cost,
     ratios,
     rounded,
     shares,
 )
+from qnext.bench.kernels import measure_kernels
 from qnext.bench.ours import Subject, time_outside
 from qnext.bench.race import Machine, Session, machine_report, race
 from qnext.errors import RequestError
@@ -31,21 +34,32 @@ class Peer(Protocol):
 
     def open(self, case: Case) -> Mapping[str, Session]:
         """Sessions for a case, one for every setting that is tried."""
+        ...
 
     def bytes_per_step(self, case: Case, experts: float | None) -> float | None:
         """Bytes a step reads of this program's own weights and caches, None if not known."""
+        ...
 
     def about(self) -> dict[str, Any]:
         """Version and settings, JSON-ready."""
+        ...
 
     def close(self) -> None:
         """Let go of the memory."""
+        ...
 
 
 def cases_of(arguments: Namespace) -> list[Case]:
     """The cases a command line asks for."""
     contexts: Sequence[int] = arguments.context
     kind = arguments.what
+    if kind == "kernels":
+        if arguments.against:
+            raise RequestError(
+                "kernels cannot be compared with another program: leave out --against, or measure "
+                "decode, prefill or batch."
+            )
+        return []
     if kind == "decode":
         return [Case(kind="decode", context=n, steps=STEPS) for n in contexts]
     if kind == "verify":
@@ -113,8 +127,6 @@ def against(
     row: Mapping[str, Any],
 ) -> dict[str, Any]:
     """How a peer did and how many times as fast qnext was; also if both had to read as much."""
-    from qnext.bench.cases import Spread
-
     ratio = ratios(ours, theirs)
     out: dict[str, Any] = {
         "name": name,
@@ -137,10 +149,6 @@ def rollback(
 
     The same step once with drafts that may be dropped and once with tokens that all stay.
     """
-    from dataclasses import replace
-
-    from qnext.bench.cases import Spread
-
     plain = replace(case, kind="batch")
     drafting, keeping = subject.open([case, plain])
     times = race(
@@ -167,9 +175,12 @@ def run(arguments: Namespace) -> dict[str, Any]:
     }
     peers = _peers(arguments, subject)
     try:
-        rows = measure(
-            subject, cases, repetitions=arguments.repetitions, machine=machine, peers=peers
-        )
+        if arguments.what == "kernels":
+            rows = measure_kernels(subject, repetitions=arguments.repetitions, machine=machine)
+        else:
+            rows = measure(
+                subject, cases, repetitions=arguments.repetitions, machine=machine, peers=peers
+            )
         report["against"] = [peer.about() for peer in peers]
     finally:
         for peer in peers:
@@ -235,7 +246,9 @@ def render(report: Mapping[str, Any]) -> str:
     for row in report["cases"]:
         lines += ["", *_render_row(row)]
     if "outside_kernels_share" in report:
-        lines.append(f"outside the kernels: {100 * report['outside_kernels_share']:.2f} % of a step")
+        lines.append(
+            f"outside the kernels: {100 * report['outside_kernels_share']:.2f} % of a step"
+        )
     if "rollback_share" in report:
         share = {k: 100 * v for k, v in report["rollback_share"].items()}
         lines.append(f"dropping drafts costs {_spread(share)} % of a step")
