@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "llm": {"engine", "model", "ops", "text", "weights", "config", "errors"},
     "serve": {"engine", "text", "weights", "llm", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "errors"},
+            "doctor", "info", "terminal_chat", "quantization", "certificate", "errors"},
+    "certificate": {"__init__", "weights", "text", "model", "quantization", "config", "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
     "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli"},
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate"},
     "transformers": set(),
     "starlette": {"serve"},
     "uvicorn": {"serve"},
