@@ -33,7 +33,7 @@ struct AttentionJob {
   int64_t head_size = 0;  // H
   int64_t rotary = 0;     // Y; 0 rotates nothing
   bool gated = false;
-  float scale = 1.0f;
+  float scale = 1.0f;     // positive
   float eps = 0.0f;
   const float* q_norm = nullptr;  // [H], the 1 of the zero-centred convention included; or null
   const float* k_norm = nullptr;  // [H] or null

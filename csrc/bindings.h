@@ -22,6 +22,7 @@ using Array = nb::ndarray<T, nb::device::cpu, nb::c_contig>;
 ThreadPool& pool();
 
 // One function per family of kernels registers what Python may call.
+void bind_attention(nb::module_& m);
 void bind_gated_delta(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_linear(nb::module_& m);

@@ -45,6 +45,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &choose_isa);
   m.def("threads", [] { return pool().threads(); });
   m.def("set_threads", &set_threads);
+  bind_attention(m);
   bind_gated_delta(m);
   bind_norm(m);
   bind_linear(m);

@@ -27,7 +27,7 @@ from qnext.model.model import CausalLM
 from qnext.quantization import Bits
 from qnext.text.tokenizer import Tokenizer
 from qnext.weights.calibrate import calibrate
-from qnext.weights.checkpoint import CERTIFICATES, load_model
+from qnext.weights.checkpoint import load_model
 from qnext.weights.formats import PackedExperts, PackedMatrix, unpack
 from qnext.weights.packed import PackedModel, Part, parts, unpack_into_model
 from qnext.weights.quantize import Quantised, finish, quantize
@@ -35,6 +35,7 @@ from qnext.weights.source import SourceReader
 
 TEXT = Path(__file__).with_name("certificate_text.txt")
 """The text a certificate is measured on unless another is given."""
+CERTIFICATES = ("certificate.json", "certificate.md")
 ROW_TOKENS = 512
 """The text is cut into rows of at most so many tokens."""
 KEPT_LOGITS = 500_000_000

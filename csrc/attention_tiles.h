@@ -1,0 +1,289 @@
+// Small products for attention: a few rows of queries or probabilities times a packed panel of keys
+// or values. Every row's sums run over the panel in order, in one accumulator, so a row's result
+// does not depend on the rows beside it. Included by kernels only, once per instruction set.
+#pragma once
+
+#include "simd.h"
+
+namespace qnext::QNEXT_ISA {
+
+// A panel is as wide as two vectors (scalar: eight numbers, so that the compiler can vectorise).
+// kMostRows of them fill the registers; kFewerRows are taken where they divide the rest better.
+#if defined(QNEXT_ISA_scalar)
+constexpr int kVectors = 8, kMostRows = 4, kFewerRows = 3;
+#elif defined(QNEXT_ISA_avx512)
+constexpr int kVectors = 2, kMostRows = 12, kFewerRows = 8;
+#else
+constexpr int kVectors = 2, kMostRows = 6, kFewerRows = 4;
+#endif
+constexpr int kPanel = kVectors * Vec::width;
+
+#if defined(QNEXT_ISA_avx512)
+
+inline void transpose(Vec* r) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = _mm512_castps_pd(t[4 * i + half]);
+      const __m512d b = _mm512_castps_pd(t[4 * i + 2 + half]);
+      u[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+#elif defined(QNEXT_ISA_avx2) || defined(QNEXT_ISA_avx2vnni)
+
+inline void transpose(Vec* r) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256d a = _mm256_castps_pd(t[4 * i + half]);
+      const __m256d b = _mm256_castps_pd(t[4 * i + 2 + half]);
+      u[4 * i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      u[4 * i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+
+#else
+
+inline void transpose(Vec*) {}
+
+#endif
+
+// 2^x for x <= 0, never below 2^-126; NaN stays NaN. Error 2e-7 relative.
+inline Vec exp2_negative(Vec x) {
+#if defined(QNEXT_ISA_scalar)
+  return {exp2f(x.v < -126.0f ? -126.0f : x.v)};
+#else
+  const Vec clamped = max(Vec::set(-126.0f), x);
+  const Vec n = round(clamped);
+  const Vec r = clamped - n;
+  // The Taylor polynomial of degree 6 of exp(r ln 2), |r| <= 1/2.
+  Vec p = Vec::set(1.5403530393381609e-4f);
+  p = fma(p, r, Vec::set(1.3333558146428443e-3f));
+  p = fma(p, r, Vec::set(9.6181291076284772e-3f));
+  p = fma(p, r, Vec::set(5.5504108664821580e-2f));
+  p = fma(p, r, Vec::set(2.4022650695910071e-1f));
+  p = fma(p, r, Vec::set(6.9314718055994531e-1f));
+  p = fma(p, r, Vec::set(1.0f));
+  return scale_by_power(p, n);
+#endif
+}
+
+inline Vec load_part(const float* p, int n) { return Vec::load(p, n); }
+inline Vec load_part(const bf16* p, int n) {
+  bf16 full[Vec::width] = {};
+  memcpy(full, p, sizeof(bf16) * n);
+  return Vec::load(full);
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(bf16* p, float x) { *p = to_bf16(x); }
+
+// Products in float32; keys and values are converted while they are packed. `T` is what the cache
+// holds. A "step" is what one multiplication takes from a row: one float, or a pair of bf16.
+template <class T>
+struct Floats {
+  using Cache = T;
+  static constexpr int kStep = 1;
+
+  // H values of a row, from float32.
+  static void pack_row(const float* x, int64_t size, uint32_t* out) {
+    memcpy(out, x, sizeof(float) * size);
+  }
+
+  static Vec load(const T* p) { return Vec::load(p); }
+  static Vec load(const T* p, int n) { return load_part(p, n); }
+
+  // Values: columns [column, column + kPanel) of `count` rows, row by row; zeros beyond `size`.
+  static void pack_values(const void* const* rows, int count, int64_t column, int64_t size,
+                          float* out) {
+    for (int r = 0; r < count; ++r, out += kPanel) {
+      const T* const row = static_cast<const T*>(rows[r]);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = column + v * Vec::width;
+        const int64_t left = size - at;
+        (left >= Vec::width ? Vec::load(row + at)
+         : left > 0         ? load_part(row + at, static_cast<int>(left))
+                            : Vec::zero())
+            .store(out + v * Vec::width);
+      }
+    }
+  }
+
+  // Probabilities in place; returns their sum.
+  static Vec pack_probabilities(float* p, int count) {
+    Vec sum = Vec::zero();
+    for (int j = 0; j < count; j += Vec::width) sum = sum + Vec::load(p + j);
+    return sum;
+  }
+
+  static Vec multiply(const uint32_t* a, Vec b, Vec sum) {
+    float x;
+    memcpy(&x, a, sizeof(x));
+#if defined(QNEXT_ISA_scalar)
+    return Vec::set(x) * b + sum;
+#else
+    return fma(Vec::set(x), b, sum);
+#endif
+  }
+};
+
+#if defined(QNEXT_ISA_avx512)
+
+// Products of bf16 pairs, summed in float32.
+struct Pairs {
+  using Cache = bf16;
+  static constexpr int kStep = 2;
+
+  static void pack_row(const float* x, int64_t size, uint32_t* out) {
+    bf16* y = reinterpret_cast<bf16*>(out);
+    int64_t d = 0;
+    for (; d + Vec::width <= size; d += Vec::width) Vec::load(x + d).store(y + d);
+    for (; d < size; ++d) y[d] = to_bf16(x[d]);
+  }
+
+  // A vector of pairs, `n` of them.
+  static Vec load(const bf16* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const bf16* p, int n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p)};
+  }
+
+  // Two rows after another are interleaved: pairs along the positions.
+  static void pack_values(const void* const* rows, int count, int64_t column, int64_t size,
+                          float* out) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t left = size - column;
+    const __mmask32 mask =
+        left >= kPanel ? 0xffffffffu : static_cast<__mmask32>((1u << left) - 1u);
+    for (int r = 0; r < count; r += 2, out += kPanel) {
+      const bf16* const even = static_cast<const bf16*>(rows[r]) + column;
+      const bf16* const odd = static_cast<const bf16*>(rows[r + 1]) + column;
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, even);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, odd);
+      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_storeu_si512(out + Vec::width, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+
+  // The sum is that of the rounded probabilities, so that the weights of the values add up to 1.
+  static Vec pack_probabilities(float* p, int count) {
+    Vec sum = Vec::zero();
+    bf16* packed = reinterpret_cast<bf16*>(p);
+    for (int j = 0; j < count; j += Vec::width) {
+      Vec::load(p + j).store(packed + j);
+      sum = sum + Vec::load(packed + j);
+    }
+    return sum;
+  }
+
+  static Vec multiply(const uint32_t* a, Vec b, Vec sum) {
+    int pair;
+    memcpy(&pair, a, sizeof(pair));
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)b.v, (__m512bh)_mm512_set1_epi32(pair))};
+  }
+};
+
+#endif
+
+// Keys: kPanel rows of `steps` steps, transposed: [step][row].
+template <class Kind>
+inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
+  constexpr int W = Vec::width;
+  auto row = [&](int r) { return static_cast<const typename Kind::Cache*>(rows[r]); };
+  for (int v = 0; v < kVectors; ++v, rows += W, out += W) {
+    int64_t s = 0;
+    Vec square[W];
+    for (; s + W <= steps; s += W) {
+      for (int r = 0; r < W; ++r) square[r] = Kind::load(row(r) + s * Kind::kStep);
+      transpose(square);
+      for (int i = 0; i < W; ++i) square[i].store(out + (s + i) * kPanel);
+    }
+    const int rest = static_cast<int>(steps - s);
+    if (rest) {
+      for (int r = 0; r < W; ++r) square[r] = Kind::load(row(r) + s * Kind::kStep, rest);
+      transpose(square);
+      for (int i = 0; i < rest; ++i) square[i].store(out + (s + i) * kPanel);
+    }
+  }
+}
+
+// c[i][panel] = a[i][:] . b (+ c[i][panel] * keep[i] where `keep` is given), for R rows.
+template <class Kind, int R>
+inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
+                          int64_t ldc, const float* keep) {
+  Vec sums[R][kVectors];
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec::zero();
+  }
+  for (int64_t s = 0; s < steps; ++s, b += kPanel, ++a) {
+    Vec panel[kVectors];
+    for (int v = 0; v < kVectors; ++v) panel[v] = Vec::load(b + v * Vec::width);
+    for (int i = 0; i < R; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = Kind::multiply(a + i * lda, panel[v], sums[i][v]);
+      }
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + i * ldc + v * Vec::width;
+      if (keep) sums[i][v] = fma(Vec::load(at), Vec::set(keep[i]), sums[i][v]);
+      sums[i][v].store(at);
+    }
+  }
+}
+
+template <class Kind>
+inline void multiply_panel(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
+                           int64_t ldc, const float* keep, int64_t rows) {
+  for (int64_t i = 0; i < rows;) {
+    const int64_t left = rows - i;
+    const uint32_t* from = a + i * lda;
+    float* to = c + i * ldc;
+    const float* kept = keep ? keep + i : nullptr;
+    if (left >= kMostRows && left != 2 * kFewerRows) {
+      multiply_rows<Kind, kMostRows>(from, lda, b, steps, to, ldc, kept);
+      i += kMostRows;
+    } else if (left >= kFewerRows) {
+      multiply_rows<Kind, kFewerRows>(from, lda, b, steps, to, ldc, kept);
+      i += kFewerRows;
+    } else if (kFewerRows > 4 && left >= 4) {
+      multiply_rows<Kind, 4>(from, lda, b, steps, to, ldc, kept);
+      i += 4;
+    } else if (left >= 2) {
+      multiply_rows<Kind, 2>(from, lda, b, steps, to, ldc, kept);
+      i += 2;
+    } else {
+      multiply_rows<Kind, 1>(from, lda, b, steps, to, ldc, kept);
+      i += 1;
+    }
+  }
+}
+
+}  // namespace qnext::QNEXT_ISA
