@@ -49,4 +49,5 @@ NB_MODULE(_native, m) {
   bind_gated_delta(m);
   bind_norm(m);
   bind_linear(m);
+  bind_round(m);
 }
