@@ -27,5 +27,6 @@ void bind_gated_delta(nb::module_& m);
 void bind_norm(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_probe(nb::module_& m);
+void bind_round(nb::module_& m);
 
 }  // namespace qnext

@@ -50,4 +50,5 @@ NB_MODULE(_native, m) {
   bind_norm(m);
   bind_linear(m);
   bind_probe(m);
+  bind_round(m);
 }
