@@ -28,5 +28,7 @@ void bind_norm(nb::module_& m);
 void bind_moe(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_probe(nb::module_& m);
+void bind_round(nb::module_& m);
 
 }  // namespace qnext

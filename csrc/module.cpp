@@ -51,4 +51,6 @@ NB_MODULE(_native, m) {
   bind_moe(m);
   bind_decoder(m);
   bind_linear(m);
+  bind_probe(m);
+  bind_round(m);
 }
