@@ -248,6 +248,9 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
         arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
+        backend=arguments.backend,
+        quantization=arguments.quantization,
+        threads=threads,
         memory=arguments.memory,
         max_model_len=arguments.max_context,
         speculative_tokens=arguments.speculative,
@@ -451,6 +454,14 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights in memory (default: as config.json says)",
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    group.add_argument(
+        "--backend", default="auto", choices=("auto", "native", "torch"),
+        help="kernels: native, torch, or the fastest that fit (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantization", choices=("int8", "int4"),
+        help="pack the weights while they are read (default: as the folder has them)",
+    )  # fmt: skip
     group.add_argument(
         "--threads", type=_threads, metavar="N",
         help="threads of the CPU (default: one for a small model, else one per core)",
