@@ -233,15 +233,44 @@ inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
   }
 }
 
+// Lines of memory that will be needed soon: `bytes` from `offset` on of each of some rows. They are
+// asked for a few at a time during products, so that the memory never rests and never stalls.
+struct Ahead {
+  const void* const* row = nullptr;
+  const void* const* end = nullptr;
+  int64_t offset = 0;
+  int64_t bytes = 0;
+  int64_t at = 0;
+
+  Ahead(const void* const* rows, int64_t count, int64_t offset, int64_t bytes)
+      : row(rows), end(rows + count), offset(offset), bytes(bytes) {}
+  Ahead() = default;
+
+  void fetch() {
+    if (row == end) return;
+    __builtin_prefetch(static_cast<const char*>(*row) + offset + at, 0, 2);
+    at += 64;
+    if (at >= bytes) {
+      at = 0;
+      ++row;
+    }
+  }
+};
+
 // c[i][panel] = a[i][:] . b (+ c[i][panel] * keep[i] where `keep` is given), for R rows.
-template <class Kind, int R>
+template <class Kind, int R, bool Fetch>
 inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
-                          int64_t ldc, const float* keep) {
+                          int64_t ldc, const float* keep, Ahead* ahead) {
   Vec sums[R][kVectors];
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec::zero();
   }
+  Ahead lines = Fetch ? *ahead : Ahead();
   for (int64_t s = 0; s < steps; ++s, b += kPanel, ++a) {
+    if (Fetch) {
+      lines.fetch();
+      lines.fetch();
+    }
     Vec panel[kVectors];
     for (int v = 0; v < kVectors; ++v) panel[v] = Vec::load(b + v * Vec::width);
     for (int i = 0; i < R; ++i) {
@@ -250,6 +279,7 @@ inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_
       }
     }
   }
+  if (Fetch) *ahead = lines;
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       float* at = c + i * ldc + v * Vec::width;
@@ -259,31 +289,44 @@ inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_
   }
 }
 
+template <class Kind, bool Fetch>
+inline int64_t multiply_some(const uint32_t* a, int64_t lda, const float* b, int64_t steps,
+                             float* c, int64_t ldc, const float* keep, int64_t left, Ahead* ahead) {
+  if (left >= kMostRows && left != 2 * kFewerRows) {
+    multiply_rows<Kind, kMostRows, Fetch>(a, lda, b, steps, c, ldc, keep, ahead);
+    return kMostRows;
+  }
+  if (left >= kFewerRows) {
+    multiply_rows<Kind, kFewerRows, Fetch>(a, lda, b, steps, c, ldc, keep, ahead);
+    return kFewerRows;
+  }
+  if (kFewerRows > 4 && left >= 4) {
+    multiply_rows<Kind, 4, Fetch>(a, lda, b, steps, c, ldc, keep, ahead);
+    return 4;
+  }
+  if (left >= 2) {
+    multiply_rows<Kind, 2, Fetch>(a, lda, b, steps, c, ldc, keep, ahead);
+    return 2;
+  }
+  multiply_rows<Kind, 1, Fetch>(a, lda, b, steps, c, ldc, keep, ahead);
+  return 1;
+}
+
+// The same for any number of rows; fetches the lines ahead meanwhile.
 template <class Kind>
 inline void multiply_panel(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
-                           int64_t ldc, const float* keep, int64_t rows) {
-  for (int64_t i = 0; i < rows;) {
-    const int64_t left = rows - i;
-    const uint32_t* from = a + i * lda;
-    float* to = c + i * ldc;
+                           int64_t ldc, const float* keep, int64_t rows, Ahead ahead) {
+  for (int64_t i = 0, taken; i < rows; i += taken) {
     const float* kept = keep ? keep + i : nullptr;
-    if (left >= kMostRows && left != 2 * kFewerRows) {
-      multiply_rows<Kind, kMostRows>(from, lda, b, steps, to, ldc, kept);
-      i += kMostRows;
-    } else if (left >= kFewerRows) {
-      multiply_rows<Kind, kFewerRows>(from, lda, b, steps, to, ldc, kept);
-      i += kFewerRows;
-    } else if (kFewerRows > 4 && left >= 4) {
-      multiply_rows<Kind, 4>(from, lda, b, steps, to, ldc, kept);
-      i += 4;
-    } else if (left >= 2) {
-      multiply_rows<Kind, 2>(from, lda, b, steps, to, ldc, kept);
-      i += 2;
+    if (ahead.row != ahead.end) {
+      taken = multiply_some<Kind, true>(a + i * lda, lda, b, steps, c + i * ldc, ldc, kept,
+                                        rows - i, &ahead);
     } else {
-      multiply_rows<Kind, 1>(from, lda, b, steps, to, ldc, kept);
-      i += 1;
+      taken = multiply_some<Kind, false>(a + i * lda, lda, b, steps, c + i * ldc, ldc, kept,
+                                         rows - i, &ahead);
     }
   }
+  while (ahead.row != ahead.end) ahead.fetch();
 }
 
 }  // namespace qnext::QNEXT_ISA

@@ -299,11 +299,6 @@ void find_rows(const AttentionJob& job, const Layout& layout, const Tile& tile, 
   for (; j < kBlockKeys; ++j) rows[j] = rows[kBlockKeys + j] = zeros;
 }
 
-void prefetch_row(const void* row, int64_t offset, int64_t bytes) {
-  const char* at = static_cast<const char*>(row) + offset;
-  for (const char* end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
 // One row's scores [kBlockKeys] become probabilities; the row sees [low, high) of the block.
 // Returns what the state before is to be multiplied with.
 template <class Kind>
@@ -336,11 +331,11 @@ float soften(float* scores, int64_t low, int64_t high, float scale, bool fresh, 
   return keep;
 }
 
-// The state of a tile after the positions of one piece, from nothing. Positions up to `ahead` will
+// The state of a tile after the positions of one piece, from nothing. Positions up to `after` will
 // be walked by this thread after it.
 template <class Kind>
 void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile, int64_t piece,
-                int64_t ahead, const Workspace& work, const State& state) {
+                int64_t after, const Workspace& work, const State& state) {
   const int64_t H = job.head_size, steps = H / Kind::kStep;
   const int64_t first = tile.sequence->first, limit = tile.limit(layout);
   const int64_t end = smaller(limit, (piece + 1) * kPiece);
@@ -353,19 +348,16 @@ void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile,
   for (int64_t block = start; block < end; block += kBlockKeys) {
     const int64_t seen = smaller(kBlockKeys, end - block);
     const bool fresh = block == start;
-    const bool more = block + kBlockKeys < ahead;
+    const bool more = block + kBlockKeys < after;
     if (more) {
-      find_rows(job, layout, tile, block + kBlockKeys, smaller(ahead, limit), work.zeros, next);
+      find_rows(job, layout, tile, block + kBlockKeys, smaller(after, limit), work.zeros, next);
     }
     const int64_t i0 = tile.first_row(layout, block), count = tile.rows - i0;
     float* scores = work.scores + i0 * kBlockKeys;
     for (int64_t j = 0; j < seen; j += kPanel) {
       pack_keys<Kind>(rows + j, steps, work.panel);
-      if (more) {
-        for (int64_t r = j; r < j + kPanel; ++r) prefetch_row(next[r], 0, bytes);
-      }
       multiply_panel<Kind>(work.q + i0 * steps, steps, work.panel, steps, scores + j, kBlockKeys,
-                           nullptr, count);
+                           nullptr, count, Ahead(next + j, more ? kPanel : 0, 0, bytes));
     }
     const int64_t low = larger(0, first - block);
     for (int64_t i = i0; i < tile.rows; ++i) {
@@ -377,14 +369,12 @@ void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile,
     for (int64_t column = 0; column < H; column += kPanel) {
       Kind::pack_values(rows + kBlockKeys,
                         static_cast<int>(value_steps * Kind::kStep), column, H, work.panel);
-      if (more) {
-        const int64_t at = column * layout.item;
-        const int64_t wide = smaller(kPanel * layout.item, bytes - at);
-        for (int64_t r = 0; r < kBlockKeys; ++r) prefetch_row(next[kBlockKeys + r], at, wide);
-      }
+      const int64_t at = column * layout.item;
+      const Ahead ahead(next + kBlockKeys, more ? kBlockKeys : 0, at,
+                        smaller(kPanel * layout.item, bytes - at));
       multiply_panel<Kind>(reinterpret_cast<const uint32_t*>(scores), kBlockKeys, work.panel,
                            value_steps, state.values + i0 * layout.width + column, layout.width,
-                           fresh ? nullptr : work.keep + i0, count);
+                           fresh ? nullptr : work.keep + i0, count, ahead);
     }
     const void** const swap = rows;
     rows = next;
@@ -480,7 +470,7 @@ void split_tiles(const AttentionJob& job, const Layout& layout, const Plan& plan
           if (!loaded) load_queries<Kind>(job, layout, tile, work->q);
           loaded = true;
           // How far this thread will go in this tile: what to fetch ahead of time.
-          const int64_t ahead =
+          const int64_t after =
               passed < end ? limit : smaller(limit, (piece + 1) * kPiece);
           State state = work->piece;
           if (share.pieces > 1) {
@@ -488,7 +478,7 @@ void split_tiles(const AttentionJob& job, const Layout& layout, const Plan& plan
             state = {shared.split.top + at, shared.split.sum + at,
                      shared.split.values + at * layout.width};
           }
-          walk_piece<Kind>(job, layout, tile, piece, ahead, *work, state);
+          walk_piece<Kind>(job, layout, tile, piece, after, *work, state);
           for (int64_t i = 0; share.pieces == 1 && i < tile.rows; ++i) {
             finish_row(job, layout, s, g, row + i, state.sum[i], state.values + i * layout.width);
           }
