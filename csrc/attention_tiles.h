@@ -211,11 +211,13 @@ struct Pairs {
 
 #endif
 
-// Keys: kPanel rows of `steps` steps, transposed: [step][row].
+// Keys: kPanel rows of `steps` steps from value `offset` on, transposed: [step][row].
 template <class Kind>
-inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
+inline void pack_keys(const void* const* rows, int64_t offset, int64_t steps, float* out) {
   constexpr int W = Vec::width;
-  auto row = [&](int r) { return static_cast<const typename Kind::Cache*>(rows[r]); };
+  auto row = [&](int r) {
+    return static_cast<const typename Kind::Cache*>(rows[r]) + offset;
+  };
   for (int v = 0; v < kVectors; ++v, rows += W, out += W) {
     int64_t s = 0;
     Vec square[W];
@@ -233,27 +235,33 @@ inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
   }
 }
 
-// Lines of memory that will be needed soon: `bytes` from `offset` on of each of some rows. They are
-// asked for a few at a time during products, so that the memory never rests and never stalls.
+// Memory that will be needed soon: `bytes` of each of some rows. It is asked for a few lines at a
+// time during products, in the order of addresses: so the processor's own prefetcher joins in, and
+// the memory works while products do. (Into the first cache: processors drop requests for others.)
 struct Ahead {
   const void* const* row = nullptr;
   const void* const* end = nullptr;
-  int64_t offset = 0;
   int64_t bytes = 0;
   int64_t at = 0;
 
-  Ahead(const void* const* rows, int64_t count, int64_t offset, int64_t bytes)
-      : row(rows), end(rows + count), offset(offset), bytes(bytes) {}
+  Ahead(const void* const* rows, int64_t count, int64_t bytes)
+      : row(rows), end(rows + count), bytes(bytes) {}
   Ahead() = default;
+
+  bool pending() const { return row != end; }
 
   void fetch() {
     if (row == end) return;
-    __builtin_prefetch(static_cast<const char*>(*row) + offset + at, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(*row) + at, 0, 3);
     at += 64;
     if (at >= bytes) {
       at = 0;
       ++row;
     }
+  }
+
+  void fetch_rest() {
+    while (pending()) fetch();
   }
 };
 
@@ -315,18 +323,17 @@ inline int64_t multiply_some(const uint32_t* a, int64_t lda, const float* b, int
 // The same for any number of rows; fetches the lines ahead meanwhile.
 template <class Kind>
 inline void multiply_panel(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
-                           int64_t ldc, const float* keep, int64_t rows, Ahead ahead) {
+                           int64_t ldc, const float* keep, int64_t rows, Ahead* ahead) {
   for (int64_t i = 0, taken; i < rows; i += taken) {
     const float* kept = keep ? keep + i : nullptr;
-    if (ahead.row != ahead.end) {
+    if (ahead->pending()) {
       taken = multiply_some<Kind, true>(a + i * lda, lda, b, steps, c + i * ldc, ldc, kept,
-                                        rows - i, &ahead);
+                                        rows - i, ahead);
     } else {
       taken = multiply_some<Kind, false>(a + i * lda, lda, b, steps, c + i * ldc, ldc, kept,
-                                         rows - i, &ahead);
+                                         rows - i, ahead);
     }
   }
-  while (ahead.row != ahead.end) ahead.fetch();
 }
 
 }  // namespace qnext::QNEXT_ISA
