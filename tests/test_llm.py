@@ -278,3 +278,61 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out
     assert (tmp_path / "folder" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_what_spare_time_prepares_the_next_turn_does_not_run(folder, thinking):
+    llm, cold = LLM(folder), LLM(folder, prefix_cache=False)
+    messages = [{"role": "user", "content": "Tell me about the fox and the river."}]
+    params = replace(GREEDY, max_tokens=60, ignore_eos=True)
+    first = llm.chat(messages, params, enable_thinking=thinking)
+    assert llm.unprepared == 1
+    assert llm.idle(max_tokens=1) > 0
+    llm.idle()
+    assert llm.unprepared == llm.idle() == 0
+    answer = {"role": "assistant", "content": first.text}
+    if first.reasoning:
+        answer["reasoning_content"] = first.reasoning
+    later = [*messages, answer, {"role": "user", "content": "And the moon?"}]
+    begins = llm.tokenizer.decode(
+        llm.prepare_chat(later, params, enable_thinking=thinking)[0].prompt_ids
+    ).rindex("And the moon?")
+    second = llm.chat(later, GREEDY, enable_thinking=thinking)
+    ids = llm.prepare_chat(later, params, enable_thinking=thinking)[0].prompt_ids
+    assert len(llm.tokenizer.decode(ids[: second.usage.cached_tokens])) == begins
+    assert second.text == cold.chat(later, GREEDY, enable_thinking=thinking).text
+
+
+def test_spare_time_is_not_taken_from_an_answer_that_is_being_written(folder):
+    llm = LLM(folder)
+    messages = [{"role": "user", "content": "Tell me about the fox and the river."}]
+    llm.chat(messages, replace(GREEDY, max_tokens=40, ignore_eos=True))
+    stream = llm.stream("The fox", replace(GREEDY, ignore_eos=True))
+    next(stream)
+    assert llm.idle() == 0
+    assert len(list(stream)) > 0
+    assert llm.idle() > 0
+
+
+def test_nothing_is_prepared_without_cause(folder):
+    long = replace(GREEDY, max_tokens=40, ignore_eos=True)
+    messages = [{"role": "user", "content": "Tell me about the fox and the river."}]
+    for llm in (LLM(folder, background_prefill=False), LLM(folder, prefix_cache=False)):
+        llm.chat(messages, long)
+        assert llm.unprepared == llm.idle() == 0
+    llm = LLM(folder)
+    llm.generate("The fox", long)  # no conversation
+    llm.stream(messages, long).close()  # nobody has read the answer
+    assert llm.unprepared == llm.idle() == 0
+
+
+def test_a_pending_call_of_a_tool_prepares_nothing(folder):
+    llm = LLM(folder)
+    request, reader = llm.prepare_chat([{"role": "user", "content": "Where is the fox?"}], GREEDY)
+    text = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
+    usage = Usage(prompt_tokens=len(request.prompt_ids), completion_tokens=0)
+    ids = tuple(llm.tokenizer.encode(text, allow_added=False))
+    reader.push(Event(request_id=request.id, token_ids=ids, finish_reason="length", usage=usage))
+    assert reader.answer() == {"role": "assistant", "content": text}
+    llm.ended(reader, "length")
+    assert llm.unprepared == 0

@@ -6,8 +6,10 @@ status 2; ``QNEXT_TRACEBACK=1`` shows where it came from.
 """
 
 import argparse
+import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except QnextError as error:
         if os.environ.get("QNEXT_TRACEBACK") == "1":
             raise
-        print(error, file=sys.stderr)
+        print(_in_options(str(error), arguments), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -86,7 +88,16 @@ def chat(arguments: argparse.Namespace) -> int:
             system=arguments.system,
             enable_thinking=arguments.thinking,
         )
-        return talk.run(sys.stdin, sys.stdout)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Some locales would let undecodable bytes through, for the tokenizer to stumble over.
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        try:
+            return talk.run(sys.stdin, sys.stdout)
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"standard input is not UTF-8 text ({error.reason} at byte {error.start}). "
+                "Convert it, for instance with iconv -t UTF-8."
+            ) from error
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -104,6 +115,7 @@ def serve(arguments: argparse.Namespace) -> int:
             arguments,
             max_num_seqs=arguments.max_num_seqs,
             max_batch_tokens=arguments.max_batch_tokens,
+            background_prefill=arguments.background_prefill,
         )
         return serve(llm, socket)
 
@@ -126,9 +138,48 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if is_fine(checks) else 1
 
 
+def cache(arguments: argparse.Namespace) -> int:
+    """Explain what was reused, or look into a folder of prefixes."""
+    from qnext import cache_command
+
+    if arguments.cache_action == "explain":
+        found = cache_command.fetch_explanations(arguments.url, arguments.request_id)
+        text = cache_command.render_explanations
+    else:
+        found = cache_command.describe_folder(arguments.folder)
+        text = cache_command.render_folder
+    print(json.dumps(found, indent=2) if arguments.json else text(found))  # type: ignore[arg-type]
+    return 0
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
+    "cache": cache,
 }  # fmt: skip
+
+
+_OPTIONS = {
+    "max_model_len": "max_context", "speculative_tokens": "speculative", "max_tokens": "max_tokens",
+    "max_num_seqs": "max_num_seqs", "max_batch_tokens": "max_batch_tokens",
+    "batch_invariant": "batch_invariant", "cache_dir": "cache_dir",
+}  # fmt: skip
+"""Parameters of the library, and the attributes of their options on the command line."""
+
+
+def _in_options(message: str, arguments: argparse.Namespace) -> str:
+    """An error of the library with its remedies in terms of this command's options."""
+    message = re.sub(r"([Rr]aise) (the memory budget|memory)\b", r"\1 --memory", message)
+    message = re.sub(r"^memory: ", "--memory: ", message)
+    message = message.replace("dtype='float32'", "--dtype float32")
+    for name, attribute in _OPTIONS.items():
+        if hasattr(arguments, attribute):
+            option = "--" + attribute.replace("_", "-")
+            message = re.sub(rf"(?<![\w-]){name}=(?=\w)", option + " ", message)
+            message = re.sub(rf"(?<![\w-]){name}\b", option, message)
+        else:
+            # What this command has no option for cannot be its remedy.
+            message = re.sub(rf" or (lower|raise) {name}\b", "", message)
+    return message
 
 
 # -- models and prompts ------------------------------------------------------------------------
@@ -189,6 +240,10 @@ def _sampling(
 def _read_prompt(arguments: argparse.Namespace) -> str:
     source = arguments.prompt_file
     if arguments.prompt is not None and arguments.prompt != "-":
+        try:
+            arguments.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("--prompt: the text is not UTF-8. Convert it.") from error
         return arguments.prompt
     try:
         if arguments.prompt == "-" or source == "-":
@@ -244,6 +299,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-batch-tokens", type=_positive, default=2048, metavar="N",
         help="tokens of one step, prompts and answers together (default: %(default)s)",
     )  # fmt: skip
+    one.add_argument(
+        "--background-prefill", action=argparse.BooleanOptionalAction, default=True,
+        help="while nothing else is to do, prepare the next turn of conversations (default: yes)",
+    )  # fmt: skip
 
     one = _command(commands, "info", "what a model is made of and what it costs")
     _add_model(one, "model folder, config.json, or embedded name")
@@ -254,6 +313,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype the bytes are counted for (default: %(default)s)",
     )
     one.add_argument("--json", action="store_true", help="print one JSON object")
+
+    one = _command(commands, "cache", "what was reused of prompts, and what is kept on disk")
+    actions = one.add_subparsers(dest="cache_action", metavar="ACTION", required=True)
+    action = _command(actions, "explain", "why a running server reused what it did and no more")
+    action.add_argument("request_id", nargs="?", metavar="REQUEST_ID", help="of an answer (its id)")
+    action.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="address of the server (default: %(default)s)",
+    )
+    action.add_argument("--json", action="store_true", help="print one JSON object")
+    action = _command(actions, "info", "what a folder given with --cache-dir holds")
+    action.add_argument("folder", metavar="DIR")
+    action.add_argument("--json", action="store_true", help="print JSON")
 
     one = _command(commands, "doctor", "what this machine offers and what is in the way")
     one.add_argument("--json", action="store_true", help="print one JSON object")

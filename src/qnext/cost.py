@@ -227,6 +227,40 @@ def conv_bytes_per_sequence(config: ModelConfig, dtype: str = "bfloat16") -> int
     return round(window * len(config.delta_layers) * number_bytes(dtype))
 
 
+def slot_bytes(config: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes a sequence or a snapshot keeps beside its pages, whatever its length.
+
+    Recurrent state in float32, convolution windows, and the last hidden row for the MTP head.
+    """
+    return round(
+        state_bytes_per_sequence(config)
+        + conv_bytes_per_sequence(config, dtype)
+        + config.hidden_size * number_bytes(dtype)
+    )
+
+
+def pending_bytes(
+    config: ModelConfig, dtype: str = "bfloat16", *, tokens: int, rollback: str = "snapshots"
+) -> int:
+    """Bytes a sequence needs while it is open how many of ``tokens`` new tokens stay.
+
+    With "snapshots" the recurrent state after each of them, with "replay" the inputs of the delta
+    rule instead (keys, values, decay and write strength); with both the convolution inputs.
+    """
+    layers = len(config.delta_layers)
+    inputs = config.conv_channels * number_bytes(dtype)
+    if rollback == "snapshots":
+        return round(tokens * (layers * inputs + state_bytes_per_sequence(config)))
+    rule = (config.delta_key_dim + config.delta_value_dim) * number_bytes(dtype)
+    gates = 2 * config.linear_num_value_heads * number_bytes("float32")
+    return round(tokens * layers * (inputs + rule + gates))
+
+
+def backlog_bytes(config: ModelConfig, dtype: str = "bfloat16", *, tokens: int) -> int:
+    """Bytes of the hidden rows of tokens that the MTP head has not read yet."""
+    return round(tokens * config.hidden_size * number_bytes(dtype))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBytes:
     """Memory traffic of one decoded token of one sequence."""

@@ -280,6 +280,6 @@ def _embedded() -> Check:
                 found=f"{name} is damaged: {error}",
                 remedy="Restore the file (git checkout, git lfs pull), or install qnext again.",
             )
-        size = sum(info.num_bytes for info in infos.values()) / 1e6
-        sizes.append(f"{name} ({len(infos):,} tensors, {size:.1f} MB)")
+        size = sum(info.num_bytes for info in infos.values()) / 2**20
+        sizes.append(f"{name} ({len(infos):,} tensors, {size:.1f} MiB)")
     return Check(name="embedded model", status="ok", found=", ".join(sizes))

@@ -1,217 +1,48 @@
 """LLM: prompts in, texts out. The offline facade over text and engine; the server builds on it too.
 
-Text stays at this edge: the engine sees token ids only. ``TextReader`` is the way back, from the
-events of one request to pieces of text that never have to be taken back.
+Text stays at this edge: the engine sees token ids only. The way back, from events to pieces of
+text, is in ``answers.py``.
 """
 
 import itertools
 import json
-import re
+import logging
 import sys
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qnext.answers import Completion, Conversation, Delta, Message, Score, TextReader
 from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
 from qnext.engine.request import (
-    Event,
     FinishReason,
     Request,
     SamplingParams,
-    TokenLogprobs,
-    Usage,
 )
-from qnext.errors import BackendError, RequestError, TokenizerError
+from qnext.engine.sizes import check_counts, parse_bytes
+from qnext.errors import BackendError, ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, invariant, select
-from qnext.text.chat import ChatTemplate, opens_thinking
+from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
-from qnext.text.parse import TOOL_OPEN, ReasoningParser, StopMatcher
-from qnext.text.tokenizer import Detokenizer, Tokenizer
+from qnext.text.parse import TOOL_OPEN
+from qnext.text.places import message_places
+from qnext.text.tokenizer import Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
 from qnext.weights.checkpoint import load_model, resolve_model
 from qnext.weights.fingerprint import fingerprint
 
-Message = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 MAX_ANSWERED = 4
 """Conversations remembered whose next turn may be prepared."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conversation:
-    """What a chat prompt was made of."""
-
-    messages: tuple[Message, ...]
-    options: Mapping[str, Any]
-    """For the template."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delta:
-    """What a request added since the last one: text that is final."""
-
-    text: str
-    reasoning: str
-    """The part inside the think block."""
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    """None until the last delta."""
-    usage: Usage
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """The whole answer to one prompt."""
-
-    text: str
-    reasoning: str | None
-    """Text of the think block; None when the prompt was plain text or nothing was thought."""
-    token_ids: tuple[int, ...]
-    """Every generated id, the end-of-sequence token included."""
-    finish_reason: FinishReason
-    usage: Usage
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    others: "tuple[Completion, ...]" = ()
-    """Further answers to the same prompt when ``n`` is more than 1."""
-
-    @property
-    def total_usage(self) -> Usage:
-        """Tokens of all answers to the prompt together; the prompt itself was run once."""
-        several = [self.usage, *(one.usage for one in self.others)]
-        return replace(
-            self.usage,
-            completion_tokens=sum(one.completion_tokens for one in several),
-            reasoning_tokens=sum(one.reasoning_tokens for one in several),
-            drafted_tokens=sum(one.drafted_tokens for one in several),
-            accepted_tokens=sum(one.accepted_tokens for one in several),
-            forced_tokens=sum(one.forced_tokens for one in several),
-            near_ties=sum(one.near_ties for one in several),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """How likely a model finds a text."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    """Log-probability of every token but the first, given those before it."""
-
-    @property
-    def total(self) -> float:
-        """Log-probability of the text after its first token."""
-        return sum(self.logprobs)
-
-
-class TextReader:
-    """Turns the events of one request into deltas: UTF-8, stop strings, the think block.
-
-    ``push`` returns None when an event adds nothing visible yet. When a stop string matches,
-    ``stopped`` turns true and the last delta says so; the caller then cancels the request.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        request: Request,
-        *,
-        split_reasoning: bool,
-        starts_in_reasoning: bool,
-        conversation: Conversation | None = None,
-    ) -> None:
-        self.request, self.conversation = request, conversation
-        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
-        self.stopped = False
-        self._texts = self._reasoning = ""
-        self._bytes = Detokenizer(tokenizer, skip_special=True)
-        self._stop = StopMatcher(list(request.params.stop))
-        self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
-        self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
-        self._thinking = starts_in_reasoning
-        self._reasoning_tokens = 0
-        self._used = 0
-        self._ended = False
-
-    def alike(self, request: Request) -> "TextReader":
-        """A reader of another answer to the same prompt."""
-        tokenizer, split, starts = self._settings
-        return TextReader(
-            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
-            conversation=self.conversation,
-        )  # fmt: skip
-
-    def push(self, event: Event) -> Delta | None:
-        """Feed one event; returns what has become final, or None."""
-        if self._ended:
-            return None
-        ends, raw, used = event.finish_reason is not None, "", 0
-        last = len(event.token_ids) - 1
-        for i, token in enumerate(event.token_ids):
-            self._count_reasoning(token)
-            used += 1
-            if i == last and event.finish_reason == "stop":
-                break  # the end-of-sequence token is not text
-            emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
-            raw += emit
-            if self.stopped:
-                break  # what a step drafted beyond the stop string never happened
-        if ends and not self.stopped:
-            emit, self.stopped, _ = self._stop.push(self._bytes.finish())
-            raw += emit + ("" if self.stopped else self._stop.finish())
-        self._ended = ends or self.stopped
-        self._used += used
-        text, reasoning = self._split(raw)
-        delta = Delta(
-            text=text,
-            reasoning=reasoning,
-            token_ids=tuple(event.token_ids[:used]),
-            finish_reason="stop" if self.stopped else event.finish_reason,
-            usage=replace(
-                event.usage,
-                completion_tokens=self._used,
-                reasoning_tokens=self._reasoning_tokens,
-            ),
-            logprobs=event.logprobs[:used],
-            prompt_logprobs=event.prompt_logprobs,
-        )
-        if self.conversation is not None:
-            self._texts += text
-            self._reasoning += reasoning
-        return delta
-
-    def answer(self) -> Message:
-        """The assistant's message so far, as it would stand in the conversation."""
-        message = {"role": "assistant", "content": self._texts}
-        return {**message, "reasoning_content": self._reasoning} if self._reasoning else message
-
-    def _split(self, raw: str) -> tuple[str, str]:
-        if self._parser is None:
-            return raw, ""
-        parts = self._parser.push(raw)
-        if self._ended:
-            parts = [*parts, *self._parser.finish()]
-        text = "".join(piece for kind, piece in parts if kind == "content")
-        return text, "".join(piece for kind, piece in parts if kind == "reasoning")
-
-    def _count_reasoning(self, token: int) -> None:
-        opening, closing = self._think
-        if token == closing:
-            self._thinking = False
-        elif token == opening:
-            self._thinking = True
-        elif self._thinking:
-            self._reasoning_tokens += 1
 
 
 class LLM:
@@ -247,9 +78,18 @@ class LLM:
         cache_dir: str | Path | None = None,
         cache_disk_limit: str | int = "10GiB",
     ) -> None:
+        check_counts(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens,
+        )  # fmt: skip
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
         template = ChatTemplate.from_folder(folder)
+        if template.origin == BUILTIN_ORIGIN:
+            _log.warning(
+                "%s has no chat template: conversations use the built-in one of Qwen3. Put the "
+                "model's own into chat_template.jinja if it has another format.", folder,
+            )  # fmt: skip
         self.name = folder.name
         self._assemble(
             load_model(
@@ -295,9 +135,14 @@ class LLM:
         self.model, self.config = model.eval(), model.config
         self.tokenizer, self.template = tokenizer, template
         self._generation = generation
+        self.eos_ids = self._end_ids()
         self.engine = Engine(model, defined_ids=tokenizer.vocab_size, **engine)
         self.max_model_len = self.engine.max_model_len
-        self.eos_ids = self._end_ids()
+        if (engine.get("max_model_len") or 0) > self.max_model_len:
+            _log.warning(
+                "max_model_len: %s tokens were asked for, the model's context holds %s; these "
+                "are used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
+            )  # fmt: skip
         self._numbers = itertools.count()
         self._answered: deque[tuple[Conversation, Message]] = deque(
             maxlen=MAX_ANSWERED if background_prefill and self.engine.prefix.num_slots else 0
@@ -360,7 +205,8 @@ class LLM:
         ids = self.template.encode(messages, self.tokenizer, **options)
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
-        request = self._request(ids, params, hints=hints)
+        places = message_places(self.tokenizer, ids)
+        request = self._request(ids, params, hints=hints, places=places)
         return request, TextReader(
             self.tokenizer,
             request,
@@ -375,6 +221,7 @@ class LLM:
         params: SamplingParams,
         *,
         hints: tuple[tuple[int, str], ...] = (),
+        places: tuple[tuple[int, str], ...] = (),
         score_only: bool = False,
     ) -> Request:
         return Request(
@@ -384,6 +231,7 @@ class LLM:
             eos_ids=self.eos_ids,
             bad_ids=self._bad_ids(params.bad_words),
             hints=hints,
+            places=places,
             score_only=score_only,
         )
 
@@ -409,9 +257,7 @@ class LLM:
         A single string is a list of one. ``params`` may be one for all or one per prompt. A
         progress bar is shown on a terminal when there is more than one prompt.
         """
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        if several and all(isinstance(item, int) for item in several):
-            several = [several]  # one prompt of token ids
+        several = _several(prompts)
         prepared = [
             self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
@@ -426,7 +272,7 @@ class LLM:
 
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = _several(prompts)
         params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
@@ -613,6 +459,13 @@ class LLM:
         ids.update([named] if isinstance(named, int) else named or [])
         if self.tokenizer.eos_id is not None:
             ids.add(self.tokenizer.eos_id)
+        limit = self.config.vocab_size
+        wrong = [token for token in ids if type(token) is not int or not 0 <= token < limit]
+        if wrong:
+            raise ConfigError(
+                f"eos_token_id: {wrong[0]!r} is no id of the vocabulary (0 ... {limit - 1}), so no "
+                "answer could end with it. Correct it in generation_config.json or config.json."
+            )
         return tuple(sorted(ids))
 
 
@@ -682,16 +535,16 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-_AMOUNT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS[f"{_letter}iB"] = 1024**_power
-    _UNITS[f"{_letter}B"] = 1000**_power
-
-
-def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
-    """Bytes of "2GiB", "500MB" or a plain number. Raises RequestError for anything else."""
-    found = _AMOUNT.fullmatch(str(amount).strip())
-    if found is None or found[2] not in _UNITS:
-        raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])
+def _several(prompts: Any) -> list[Any]:
+    """A list of prompts, each a text or a list of token ids; RequestError for anything else."""
+    if isinstance(prompts, str):
+        return [prompts]
+    found = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if found and isinstance(prompts, Iterable) and all(type(item) is int for item in found):
+        return [found]  # one prompt of token ids
+    for number, item in enumerate(found):
+        is_ids = isinstance(item, Sequence) and all(type(token) is int for token in item)
+        if not isinstance(item, str) and not is_ids:
+            where = f"prompt {number}" if isinstance(prompts, Iterable) else "prompts"
+            raise RequestError(f"{where}: expected a text, or a list of token ids, found {item!r}.")
+    return found

@@ -368,8 +368,9 @@ def what_was_not_computed_counts_as_cached(patch):
 
     def boasting(self, sequence, reachable):
         admitted = admit(self, sequence, reachable)
-        if admitted and sequence.cached == 0:
-            sequence.cached = len(sequence.request.prompt_ids) - 1
+        if admitted and sequence.report.cached == 0:
+            most = len(sequence.request.prompt_ids) - 1
+            sequence.report = replace(sequence.report, cached=most)
         return admitted
 
     patch.setattr(Scheduler, "_try_admit", boasting)

@@ -221,6 +221,26 @@ def test_models_and_health(live) -> None:
     assert any(line.startswith("experts: ") for line in health.json()["kernels"])
 
 
+def test_the_next_turn_of_a_conversation_is_prepared_meanwhile(tiny_folder) -> None:
+    messages = [{"role": "user", "content": "Tell me about the fox."}]
+    asked = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    with running(LLM(tiny_folder)) as live:
+        first = live.client.post(CHAT, json={"messages": messages, **asked}).json()
+        counts = live.wait_until_prepared()
+        assert (counts["queued"], counts["finished"]) == (1, 1), (counts, first)
+        said = first["choices"][0]["message"]["content"]
+        later = [
+            *messages,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "Why?"},
+        ]
+        second = live.client.post(CHAT, json={"messages": later, **asked}).json()
+        reused = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert reused > counts["tokens"] > 16
+        assert reused > second["usage"]["prompt_tokens"] - 20
+        live.check_that_nothing_is_held()
+
+
 def test_fields_without_influence_are_named_in_a_header(live) -> None:
     response = live.client.post(CHAT, json=ask("hi", user="me", metadata={"a": "b"}))
     assert response.status_code == 200

@@ -30,7 +30,7 @@ from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
-from qnext.engine.sizes import CacheSizes
+from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.tier import DiskTier
 from qnext.engine.ties import tie_bound
@@ -41,8 +41,6 @@ from qnext.model.model import CausalLM
 
 DRAIN_S = 10.0
 """Time to write the prefix cache to disk when the engine is closed."""
-MAX_BACKLOG = 256
-"""Rows the MTP layer may be behind while nothing is drafted; then it reads them in one go."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +111,10 @@ class Engine:
         cache_key: Mapping[str, Any] | None = None,
     ) -> None:
         config = model.config
+        check_counts(
+            max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens,
+            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens,
+        )  # fmt: skip
         if batch_invariant:
             check_path_independence(model)
         setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
@@ -126,6 +128,8 @@ class Engine:
             max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
+            max_drafts=DraftPolicy(setting).limit,
+            rollback=rollback,
         )
         runner = Runner(
             model,
@@ -513,7 +517,9 @@ class Engine:
         events = []
         for source, twin, row in twins:
             twin.prompt_logprobs = list(source.prompt_logprobs)
-            twin.cached, twin.known = source.cached, source.known
+            twin.report = source.report
+            if source.report is not None:
+                self.scheduler.log.add(twin.request.id, source.report, counted=False)
             twin.near_ties += bool(rivals[row])
             emitted, reason = self._accept(twin, [tokens[row]])
             events.append((self._tell(twin, emitted, reason, chosen[row : row + 1]), twin))
@@ -555,7 +561,7 @@ class Engine:
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
             s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
-            or s not in counts
+            or (s not in counts and not self.policy.rests)
         ]  # fmt: skip
         if not reading:
             return
@@ -657,7 +663,8 @@ def _usage(sequence: Running) -> Usage:
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=len(sequence.output_ids),
-        cached_tokens=sequence.cached or 0,
+        cached_tokens=sequence.report.cached if sequence.report else 0,
+        cache=sequence.report,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         near_ties=sequence.near_ties,

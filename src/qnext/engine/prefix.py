@@ -54,6 +54,8 @@ class Node:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     """By length; start < length <= start + len(tokens)."""
     used_at: float = 0.0
+    lost: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """By length: why a snapshot that had to go was taken, and when it went."""
 
     @property
     def end(self) -> int:
@@ -69,6 +71,10 @@ class Match:
     """Tokens of the prompt that were seen before."""
     snapshot: Snapshot | None
     """The deepest one that leaves at least one token to run."""
+    expected: int | None = None
+    """The token that an earlier prompt had where they part; None where it ended."""
+    lost: tuple[int, str, float] | None = None
+    """(length, why, when it went) of the deepest one that would be better and had to go."""
 
 
 class PrefixCache:
@@ -114,12 +120,20 @@ class PrefixCache:
     def match(self, ids: Sequence[int]) -> Match:
         """The longest known prefix of ``ids`` and the deepest snapshot on it."""
         node, at, best = self.root, 0, None
+        lost: tuple[int, str, float] | None = None
+        expected: int | None = None
         limit = len(ids) - 1
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
+                others = node.children.values()
+                last = max(others, key=lambda other: other.used_at, default=None)
+                expected = last.tokens[0] if last else None
                 break
             shared = _common(child.tokens, ids, at)
+            for length, (why, when) in child.lost.items():
+                if length <= min(at + shared, limit) and (lost is None or length > lost[0]):
+                    lost = (length, why, when)
             for length, snapshot in child.snapshots.items():
                 deeper = best is None or length > best.length
                 if length <= min(at + shared, limit) and deeper:
@@ -128,8 +142,15 @@ class PrefixCache:
             at += shared
             node = child
             if shared < len(child.tokens):
+                expected = child.tokens[shared]
                 break
-        return Match(known=at, snapshot=best)
+        if lost is not None and best is not None and lost[0] <= best.length:
+            lost = None
+        return Match(known=at, snapshot=best, expected=expected, lost=lost)
+
+    def age(self, since: float) -> float:
+        """Seconds from a time that this cache has noted until now."""
+        return self._clock() - since
 
     def use(self, snapshot: Snapshot) -> None:
         """Note that a request resumed from a snapshot."""
@@ -199,6 +220,7 @@ class PrefixCache:
             born=now, node=node, used_at=now, floor=self._floor,
         )  # fmt: skip
         node.snapshots[len(ids)] = snapshot
+        node.lost.pop(len(ids), None)
         self._snapshots.append(snapshot)
         self.version += 1
         self._forget_ghosts()
@@ -231,6 +253,8 @@ class PrefixCache:
         self._floor = max(self._floor, self.worth(snapshot))
         if self.on_evict is not None and not replaced:
             self.on_evict(snapshot)
+        if not replaced:
+            snapshot.node.lost[snapshot.length] = (snapshot.why, self._clock())
         self._drop(snapshot)
 
     def _drop(self, snapshot: Snapshot) -> None:
@@ -335,6 +359,8 @@ class PrefixCache:
             snapshot = node.snapshots.pop(length)
             snapshot.node = upper
             upper.snapshots[length] = snapshot
+        for length in [length for length in node.lost if length <= upper.end]:
+            upper.lost[length] = node.lost.pop(length)
         return upper
 
     def _forget_ghosts(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qnext.engine.explain import CacheReport
 from qnext.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -121,6 +122,8 @@ class Request:
     run it, the others go on from where it is. Empty for a request of its own."""
     hints: tuple[tuple[int, str], ...] = ()
     """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
+    places: tuple[tuple[int, str], ...] = ()
+    """(first token, name) of the parts of a conversation, for explanations."""
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 
@@ -151,6 +154,8 @@ class Usage:
     forced_tokens: int = 0
     near_ties: int = 0
     """Tokens of the answer that another order of rounding might have chosen otherwise."""
+    cache: CacheReport | None = None
+    """What of the prompt was reused and why not more; None before the request was admitted."""
 
     def as_dict(self) -> dict[str, int]:
         """Plain numbers for JSON, the sum included."""

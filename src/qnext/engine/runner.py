@@ -133,6 +133,7 @@ class Runner:
     @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Tensor:
         """Run the new tokens of all works; logits [R, V] of their rows, in order."""
+        self._own_backlog()
         device = self.model.device
         segments = Segments.of([len(work.ids) for work in works], device)
         starts = torch.tensor([work.start for work in works], device=device)
@@ -172,6 +173,18 @@ class Runner:
                 self._backlog[work.slot].append(self._hidden[start : start + count])
             start += len(work.ids)
         self._hidden = None
+
+    def _own_backlog(self) -> None:
+        """Copy out rows that the MTP layer left unread beside many of a prompt.
+
+        They are views of all hidden rows of their step, which are to be freed.
+        """
+        for work in self._works if self.track_mtp else ():
+            rows = self._backlog.get(work.slot)
+            if rows and rows[-1].untyped_storage().nbytes() > 4 * len(self._works) * (
+                rows[-1][0].numel() * rows[-1].element_size()
+            ):
+                rows[-1] = rows[-1].clone()
 
     @torch.inference_mode()
     def fill(self, works: Sequence[MtpWork]) -> Tensor:

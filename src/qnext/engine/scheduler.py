@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qnext.engine.blocks import PagePool
+from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import Request, TokenLogprobs
 from qnext.engine.tier import Fetched
@@ -72,10 +73,8 @@ class Sequence:
     """First position whose MTP keys and values exist."""
     drafts: list[int] = field(default_factory=list)
     """Proposed tokens after the newest one."""
-    cached: int | None = None
-    """Prompt tokens that came from a snapshot; None before the first admission."""
-    known: int = 0
-    """Prompt tokens that had been seen before, reused or not."""
+    report: CacheReport | None = None
+    """What of the prompt was reused; None before the first admission."""
     drafted: int = 0
     accepted: int = 0
     near_ties: int = 0
@@ -191,6 +190,7 @@ class Scheduler:
         self.max_drafts, self.interval = max_drafts, interval
         self.fetch: Callable[[list[int], Snapshot | None], Fetched] | None = None
         """Brings a snapshot of these tokens into the prefix cache, if the disk has a deeper one."""
+        self.log = CacheLog()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parkings = 0
@@ -354,7 +354,10 @@ class Scheduler:
                 break
             if reachable is None:
                 reachable = self.pool.free + self.prefix.evictable()
+            is_new = sequence.report is None
             if self._try_admit(sequence, reachable):
+                if is_new and sequence.report is not None:
+                    self.log.add(sequence.request.id, sequence.report)
                 reachable = None
                 admitted.append(sequence)
                 if sequence.family is not None:
@@ -372,14 +375,13 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, reachable: int) -> bool:
         """Let a request in if it fits; ``reachable`` pages are free or could be made so."""
-        known, snapshot = 0, None
+        match, snapshot = self._match(sequence), None
         if not sequence.scores_prompt:
-            match = self._match(sequence)
             if self.fetch is not None and sequence.fetched is None:
                 ids = sequence.tokens(0, sequence.length)
                 sequence.fetched = self.fetch(ids, match.snapshot)
                 match = self._match(sequence)
-            known, snapshot = match.known, match.snapshot
+            snapshot = match.snapshot
         shared = snapshot.length // self.page_size if snapshot else 0
         need = self._pages(self._reach(sequence)) - shared
         wanted = need + len(self.running)  # a page more for everybody who runs
@@ -393,17 +395,43 @@ class Scheduler:
                 or not self.prefix.make_room(wanted)
             ):
                 return False
+            if sequence.report is None:
+                sequence.report = self._explain(sequence, match, snapshot)
             self._start(sequence, snapshot, need)
         finally:
             if snapshot is not None:
                 snapshot.pinned -= 1
         if snapshot is not None:
             self.prefix.use(snapshot)
-        if sequence.cached is None:
-            sequence.cached = snapshot.length if snapshot else 0
-            sequence.known = min(known, sequence.length - 1)
-        sequence.plants = self._plants(sequence, known)
+        sequence.plants = self._plants(sequence, 0 if sequence.scores_prompt else match.known)
         return True
+
+    def _explain(self, sequence: Sequence, match: Match, snapshot: Snapshot | None) -> CacheReport:
+        """What a request is given from the cache, and why not more."""
+        fetched = sequence.fetched or Fetched()
+        known, expected = match.known, match.expected
+        if fetched.known > known:
+            known, expected = fetched.known, None
+        used, disabled = None, None
+        if snapshot is not None:
+            used = Used(
+                at=snapshot.length, why=snapshot.why, age_s=self.prefix.age(snapshot.born),
+                tier="disk" if snapshot is fetched.snapshot else "memory",
+            )  # fmt: skip
+        if not self.prefix.num_slots:
+            disabled = "prefix_cache"
+        elif sequence.scores_prompt:
+            disabled = "prompt_logprobs"
+        lost = match.lost
+        return explain(
+            sequence.request.prompt_ids,
+            found=Found(
+                known=known, expected=expected,
+                lost=(lost[0], lost[1], self.prefix.age(lost[2])) if lost else None,
+            ),
+            used=used, disabled=disabled, disk_reason=fetched.reason,
+            places=sequence.request.places,
+        )  # fmt: skip
 
     def _match(self, sequence: Sequence) -> Match:
         """The lookup of a request; repeated only when something has changed since the last one."""

@@ -56,6 +56,8 @@ class DraftPolicy:
         """Drafts verified by position, since the start."""
         self.taken = [0] * MAX_DRAFTS
         """Drafts accepted by position, since the start."""
+        self.rests = False
+        """Whether drafting did not pay when last asked: then prompts need not be read at once."""
         self._times: dict[tuple[str, int, int], deque[float]] = {}
         self._rest: dict[int, int] = {}
         self._resting: dict[int, int] = {}
@@ -108,6 +110,7 @@ class DraftPolicy:
         if self._probing.get(bucket, 0) > 0:
             self._probing[bucket] -= 1
             return max(best, 1)
+        self.rests = best == 0
         if best > 0:
             self._rest[bucket], self._resting[bucket] = FIRST_REST, 0
             return self._sometimes_without(bucket, best)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskState, DiskStore, Missing, Record
+from qnext.engine.explain import Reason
 from qnext.engine.prefix import PrefixCache, Snapshot
 from qnext.engine.worth import DECAY, PrefillTime
 
@@ -37,8 +38,10 @@ class Fetched:
 
     snapshot: Snapshot | None = None
     """In memory now."""
-    reason: str | None = None
+    reason: Reason | None = None
     """Why a snapshot on disk was not used."""
+    known: int = 0
+    """Tokens of the prompt that the disk knows."""
 
 
 class LoadTime:
@@ -129,7 +132,7 @@ class DiskTier:
         shared = reached // self._page_size
         nbytes = self.store.bytes_to_load(state, skip_pages=shared)
         if not self._pays(nbytes, reached, state.length):
-            return Fetched(reason="disk_slower")
+            return Fetched(reason="disk_slower", known=state.length)
         if base is not None:
             base.pinned += 1
         try:
@@ -155,13 +158,13 @@ class DiskTier:
         needed = -(-state.length // self._page_size) - shared
         slot = self._prefix.take_slot()
         if slot is None:
-            return Fetched(reason="budget")
+            return Fetched(reason="budget", known=state.length)
         if self._pool.free < needed and (
             self._pool.free + self._prefix.evictable() < needed
             or not self._prefix.make_room(needed)
         ):
             self._prefix.return_slot(slot)
-            return Fetched(reason="budget")
+            return Fetched(reason="budget", known=state.length)
         fresh = self._pool.take(needed)
         began = self._clock()
         try:
@@ -170,7 +173,8 @@ class DiskTier:
             # Nobody has seen the slot or the pages yet.
             self._prefix.return_slot(slot)
             self._pool.give_back(fresh)
-            return Fetched(reason="disk_corrupt" if missing.corrupt else "evicted")
+            reason = "disk_corrupt" if missing.corrupt else "evicted"
+            return Fetched(reason=reason, known=state.length)
         self.load_time.note(nbytes, self._clock() - began)
         if base is not None and shared:
             first = max(first, min(base.mtp_first, shared * self._page_size))
@@ -180,7 +184,7 @@ class DiskTier:
         )
         self._pool.give_back(fresh)  # the snapshot holds them now
         self.store.counts["loaded"] += 1
-        return Fetched(snapshot=snapshot)
+        return Fetched(snapshot=snapshot, known=state.length)
 
     def _load(self, state: DiskState, slot: int, fresh: Sequence[int], shared: int) -> int:
         """Fill slot and pages; returns the first position from which all MTP rows are there."""

@@ -45,7 +45,8 @@ def passing(
     """
     falling = -values
     # Place and mass before a token, when everything within the slack counts for it, or against.
-    early = torch.searchsorted(falling, falling - slack_R1)
+    # A score that is no number (forbidden, at a temperature near 0) has no place; it never passes.
+    early = torch.searchsorted(falling, falling - slack_R1).clamp(max=values.shape[1] - 1)
     late = torch.searchsorted(falling, falling + slack_R1, right=True) - 1
     limit = torch.where(top_k_R1 > 0, top_k_R1, values.shape[1])
     floor = values[:, :1] + min_p_R1.log()

@@ -220,6 +220,10 @@ class HybridCache:
         view = self._view(slots, page_table, segments, before)
         view.speculative = tuple(b for b, flag in enumerate(flags) if flag)
         view.settled = tuple(b for b, flag in enumerate(flags) if not flag)
+        if view.speculative and view.settled:
+            starts, lengths = segments.starts, segments.lengths
+            rows = [torch.arange(starts[b], starts[b] + lengths[b]) for b in view.speculative]
+            view.held_rows = torch.cat(rows).to(segments.device)
         view.captures = tuple(captures)
         view.rounds = rounds_of(segments, view.speculative, view.captures, self.rollback)
         self._open_view = view

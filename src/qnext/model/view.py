@@ -134,7 +134,10 @@ class CacheView:
     captures: tuple[Capture, ...] = ()
     rounds: tuple[Round, ...] = ()
     held: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    """By delta layer: convolution inputs, k, v, g, beta of all new tokens."""
+    """By delta layer, of the new tokens of speculative sequences: convolution inputs, and for
+    "replay" also k, v, g, beta."""
+    held_rows: Tensor | None = None
+    """[P'] int64: packed rows of the speculative sequences; None if there are no others."""
     states: dict[int, Tensor] = field(default_factory=dict)
     """By delta layer: states [T, B', W, K, M] of the speculative sequences after each token."""
     hidden: Tensor | None = None
@@ -164,7 +167,10 @@ class CacheView:
         for capture in self.captures:
             self._capture_window(layer, inputs[0], capture)
         if self.speculative:
-            self.held[layer] = inputs
+            # Nothing of the other sequences is needed: their chunks may be long.
+            held = inputs if self.cache.rollback == "replay" else inputs[:1]
+            rows = self.held_rows
+            self.held[layer] = held if rows is None else tuple(x[rows] for x in held)
         if not self.speculative:
             self.cache.conv[layer, self.slot_index] = conv.to(self.cache.conv.dtype)
             self.cache.recurrent[layer, self.slot_index] = recurrent
@@ -190,8 +196,11 @@ class CacheView:
             self.cache._lengths[capture.slot] = length
 
     def rows_of(self, sequences: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Packed rows of the first ``counts[b]`` new tokens of the given sequences."""
-        starts = self.segments.starts
+        """Rows of ``held`` of the first ``counts[b]`` new tokens of some speculative sequences."""
+        starts, at = {}, 0
+        for b in self.speculative:
+            starts[b] = at
+            at += self.segments.lengths[b]
         rows = [torch.arange(starts[b], starts[b] + counts[b]) for b in sequences]
         return torch.cat(rows).to(self.segments.device)
 

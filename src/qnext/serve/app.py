@@ -9,6 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from qnext.engine.explain import MAX_KEPT
 from qnext.engine.request import Request
 from qnext.errors import QnextError
 from qnext.llm import LLM, Delta, TextReader
@@ -64,6 +66,7 @@ def create_app(llm: LLM, *, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
         Route("/v1/models", service.models),
         Route("/v1/models/{model:path}", service.model),
         Route("/health", service.health),
+        Route("/cache/explain", service.explain),
         *(Route(path, _page_file(*what)) for path, what in _PAGE.items()),
     ]
     app = Starlette(
@@ -84,6 +87,8 @@ class _Service:
         self.llm, self.worker = llm, Worker(llm)
         self._max_body_bytes = max_body_bytes
         self._started = int(time.time())
+        self._names: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
+        """(id of an answer, id of its request in the engine)."""
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -138,6 +143,27 @@ class _Service:
             "kernels": list(self.llm.model.ops.report),
         }
         return _json(body, status=200 if alive else 503)
+
+    async def explain(self, http: HttpRequest) -> Response:
+        """GET /cache/explain: the last requests, newest first; ?request=ID for one, ?last=N."""
+        wanted, last = http.query_params.get("request"), http.query_params.get("last", "20")
+        if not last.isascii() or not last.isdecimal():
+            raise ApiError(400, f"last: expected a whole number, got {last!r}.", param="last")
+        log = self.llm.engine.scheduler.log
+        known = {request: name for name, request in self._names}
+        found = [
+            {"id": known[request], "cache": report.as_dict()}
+            for request, report in log.last()
+            if request in known and wanted in (None, known[request])
+        ]
+        if wanted is not None and not found:
+            raise ApiError(
+                404,
+                f"request: {wanted!r} is not among the last {MAX_KEPT} answers of this server.",
+                param="request",
+                code="request_not_found",
+            )
+        return _json({"requests": found[: int(last)], "counts": log.counts()})
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -196,12 +222,15 @@ class _Service:
     async def _answer(
         self, http: HttpRequest, body: Sampling, job: Job, ignored: list[str], *, chat: bool
     ) -> Response:
+        name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+        self._names.append((name, job.request.id))
         reply = Reply(
             chat=chat,
-            id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
+            id=name,
             model=self.llm.name,
             created=int(time.time()),
             usage=body.wants_usage(),
+            explain=body.wants_explanation(),
         )
         headers = {"x-qnext-ignored": ", ".join(ignored)} if ignored else {}
         if body.stream:

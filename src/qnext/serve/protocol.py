@@ -107,6 +107,13 @@ class TemplateOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     enable_thinking: bool | None = None
 
 
+class QnextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What only this server knows."""
+
+    explain: bool | None = None
+    """Say in the usage what of the prompt was reused, and why not more."""
+
+
 class Sampling(msgspec.Struct, kw_only=True):
     """What both kinds of completion share; null and a missing field mean the model's default."""
 
@@ -127,6 +134,11 @@ class Sampling(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    qnext: QnextOptions | None = None
+
+    def wants_explanation(self) -> bool:
+        """Whether the usage says why no more was reused."""
+        return bool(self.qnext and self.qnext.explain)
 
     def limit(self) -> int | None:
         """Most tokens to generate; None for as many as the context holds."""
@@ -293,9 +305,11 @@ def _logit_bias(raw: Mapping[str, float]) -> dict[int, float]:
 # -- responses ---------------------------------------------------------------------------------
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """Token counts in OpenAI's shape."""
+def usage_body(usage: Usage, *, explain: bool = False) -> dict[str, Any]:
+    """Token counts in OpenAI's shape; ``explain`` adds what of the prompt was reused and why."""
+    extra = {"qnext": {"cache": usage.cache and usage.cache.as_dict()}} if explain else {}
     return {
+        **extra,
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -312,9 +326,12 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 class Reply:
     """Writes the JSON of one answer: whole, or as chunks of a stream."""
 
-    def __init__(self, *, chat: bool, id: str, model: str, created: int, usage: bool) -> None:
+    def __init__(
+        self, *, chat: bool, id: str, model: str, created: int, usage: bool, explain: bool = False
+    ) -> None:
         """``usage`` asks for a last chunk with token counts; ``created`` is in Unix seconds."""
         self._chat, self._wants_usage = chat, usage
+        self._explain = explain
         name = "chat.completion" if chat else "text_completion"
         self._head = {"id": id, "object": name, "created": created, "model": model}
         self._chunk_head = {**self._head, "object": "chat.completion.chunk" if chat else name}
@@ -335,7 +352,11 @@ class Reply:
         else:
             choice["text"] = text
         choice |= {"logprobs": None, "finish_reason": last.finish_reason}
-        return {**self._head, "choices": [choice], "usage": usage_body(last.usage)}
+        return {
+            **self._head,
+            "choices": [choice],
+            "usage": usage_body(last.usage, explain=self._explain),
+        }
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first piece of text."""
@@ -357,7 +378,7 @@ class Reply:
             empty = {"delta": {}} if self._chat else {"text": ""}
             chunks.append(self._chunk(empty, delta.finish_reason))
             if self._wants_usage:
-                usage = usage_body(delta.usage)
+                usage = usage_body(delta.usage, explain=self._explain)
                 chunks.append({**self._chunk_head, "choices": [], "usage": usage})
         return chunks
 

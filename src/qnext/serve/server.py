@@ -26,7 +26,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise RequestError(f"--host {host}: {error.strerror}.") from error
+        raise RequestError(
+            f"--host {host}: {error.strerror}. Give a name or an address of this machine, such as "
+            "127.0.0.1, or 0.0.0.0 for all of them."
+        ) from error
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -41,7 +44,12 @@ def listen(host: str, port: int) -> socket.socket:
                 f"port {port} on {host} is in use by another program. Stop that one, or choose "
                 "another port with --port (0 for any free one)."
             ) from error
-        raise RequestError(f"cannot listen on {host} port {port}: {error.strerror}.") from error
+        remedy = "Give --host an address of this machine, such as 127.0.0.1."
+        if error.errno == errno.EACCES:
+            remedy = "Ports below 1024 need privileges: choose a higher one with --port."
+        raise RequestError(
+            f"cannot listen on {host} port {port}: {error.strerror}. {remedy}"
+        ) from error
     return listener
 
 

@@ -29,7 +29,6 @@ from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, select
 from qnext.weights.folder import (
     INDEX_FILE,
-    PICKLE_SUFFIXES,
     SINGLE_FILE,
     checkpoint_index,
     embedded_models,
@@ -63,7 +62,13 @@ _PROGRESS_BYTES = 2 * 10**9
 _COPIED_ALONG_BYTES = 64 * 2**20
 _OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Weights of an earlier save, which must not outlive it."""
-_WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_BELONGS_TO_MODEL = re.compile(
+    r"(tokenizer.*|vocab|special_tokens_map|added_tokens|chat_template|generation_config"
+    r"|preprocessor_config)\.json|merges\.txt|.*\.(jinja|tiktoken)|tokenizer\.model"
+    r"|(licen[cs]e|notice|copying).*",
+    re.IGNORECASE,
+)
+"""What goes with the weights wherever they go; reports and curves tell of one training run."""
 
 
 # -- loading -----------------------------------------------------------------------------------
@@ -336,10 +341,7 @@ def _copy_along(source: Path | None, target: Path, scratch: Path) -> None:
     for file in sorted(source.iterdir()):
         if (
             file.is_file()
-            and not file.name.startswith(".")
-            and file.name not in ("config.json", INDEX_FILE)
-            and file.suffix not in _WEIGHT_SUFFIXES
-            and not file.name.endswith(".index.json")
+            and _BELONGS_TO_MODEL.fullmatch(file.name)
             and file.stat().st_size <= _COPIED_ALONG_BYTES
             and not (target / file.name).exists()
         ):

@@ -1,0 +1,187 @@
+"""Answers: what requests give back, as text. Pieces as they come, and the whole.
+
+``TextReader`` is the way from the events of one request, which are token ids, to pieces of text
+that never have to be taken back.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs, Usage
+from qnext.text.parse import ReasoningParser, StopMatcher
+from qnext.text.tokenizer import Detokenizer, Tokenizer
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a chat prompt was made of."""
+
+    messages: tuple[Message, ...]
+    options: Mapping[str, Any]
+    """For the template."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What a request added since the last one: text that is final."""
+
+    text: str
+    reasoning: str
+    """The part inside the think block."""
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    """None until the last delta."""
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """The whole answer to one prompt."""
+
+    text: str
+    reasoning: str | None
+    """Text of the think block; None when the prompt was plain text or nothing was thought."""
+    token_ids: tuple[int, ...]
+    """Every generated id, the end-of-sequence token included."""
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    others: "tuple[Completion, ...]" = ()
+    """Further answers to the same prompt when ``n`` is more than 1."""
+
+    @property
+    def total_usage(self) -> Usage:
+        """Tokens of all answers to the prompt together; the prompt itself was run once."""
+        several = [self.usage, *(one.usage for one in self.others)]
+        return replace(
+            self.usage,
+            completion_tokens=sum(one.completion_tokens for one in several),
+            reasoning_tokens=sum(one.reasoning_tokens for one in several),
+            drafted_tokens=sum(one.drafted_tokens for one in several),
+            accepted_tokens=sum(one.accepted_tokens for one in several),
+            forced_tokens=sum(one.forced_tokens for one in several),
+            near_ties=sum(one.near_ties for one in several),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How likely a model finds a text."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Log-probability of every token but the first, given those before it."""
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the text after its first token."""
+        return sum(self.logprobs)
+
+
+class TextReader:
+    """Turns the events of one request into deltas: UTF-8, stop strings, the think block.
+
+    ``push`` returns None when an event adds nothing visible yet. When a stop string matches,
+    ``stopped`` turns true and the last delta says so; the caller then cancels the request.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        *,
+        split_reasoning: bool,
+        starts_in_reasoning: bool,
+        conversation: Conversation | None = None,
+    ) -> None:
+        self.request, self.conversation = request, conversation
+        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
+        self.stopped = False
+        self._texts = self._reasoning = ""
+        self._bytes = Detokenizer(tokenizer, skip_special=True)
+        self._stop = StopMatcher(list(request.params.stop))
+        self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
+        self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
+        self._thinking = starts_in_reasoning
+        self._reasoning_tokens = 0
+        self._has_thought = False
+        self._used = 0
+        self._ended = False
+
+    def alike(self, request: Request) -> "TextReader":
+        """A reader of another answer to the same prompt."""
+        tokenizer, split, starts = self._settings
+        return TextReader(
+            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
+            conversation=self.conversation,
+        )  # fmt: skip
+
+    def push(self, event: Event) -> Delta | None:
+        """Feed one event; returns what has become final, or None."""
+        if self._ended:
+            return None
+        ends, raw, used = event.finish_reason is not None, "", 0
+        last = len(event.token_ids) - 1
+        for i, token in enumerate(event.token_ids):
+            self._count_reasoning(token)
+            used += 1
+            if i == last and event.finish_reason == "stop":
+                break  # the end-of-sequence token is not text
+            emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
+            raw += emit
+            if self.stopped:
+                break  # what a step drafted beyond the stop string never happened
+        if ends and not self.stopped:
+            emit, self.stopped, _ = self._stop.push(self._bytes.finish())
+            raw += emit + ("" if self.stopped else self._stop.finish())
+        self._ended = ends or self.stopped
+        self._used += used
+        text, reasoning = self._split(raw)
+        self._has_thought = self._has_thought or self._parser is None or bool(reasoning.strip())
+        delta = Delta(
+            text=text,
+            reasoning=reasoning,
+            token_ids=tuple(event.token_ids[:used]),
+            finish_reason="stop" if self.stopped else event.finish_reason,
+            usage=replace(
+                event.usage,
+                completion_tokens=self._used,
+                # The newlines of a block that was left empty are no reasoning.
+                reasoning_tokens=self._reasoning_tokens if self._has_thought else 0,
+            ),
+            logprobs=event.logprobs[:used],
+            prompt_logprobs=event.prompt_logprobs,
+        )
+        if self.conversation is not None:
+            self._texts += text
+            self._reasoning += reasoning
+        return delta
+
+    def answer(self) -> Message:
+        """The assistant's message so far, as it would stand in the conversation."""
+        message = {"role": "assistant", "content": self._texts}
+        return {**message, "reasoning_content": self._reasoning} if self._reasoning else message
+
+    def _split(self, raw: str) -> tuple[str, str]:
+        if self._parser is None:
+            return raw, ""
+        parts = self._parser.push(raw)
+        if self._ended:
+            parts = [*parts, *self._parser.finish()]
+        text = "".join(piece for kind, piece in parts if kind == "content")
+        return text, "".join(piece for kind, piece in parts if kind == "reasoning")
+
+    def _count_reasoning(self, token: int) -> None:
+        opening, closing = self._think
+        if token == closing:
+            self._thinking = False
+        elif token == opening:
+            self._thinking = True
+        elif self._thinking:
+            self._reasoning_tokens += 1
