@@ -23,7 +23,11 @@ N, G, H, Y, PAGE = 16, 2, 256, 64, 64
 DECODE = {"decode 4,096": (1, 1, 4096), "decode 32,768": (1, 1, 32768),
           "verify 3 at 4,096": (1, 3, 4096), "verify 3 at 32,768": (1, 3, 32768),
           "8 sequences at 4,096": (8, 1, 4096)}  # fmt: skip
-PREFILL = {"prompt 512": (1, 512, 0), "prompt 4,096": (1, 4096, 0), "chunk at 8,192": (1, 512, 8192)}
+PREFILL = {
+    "prompt 512": (1, 512, 0),
+    "prompt 4,096": (1, 4096, 0),
+    "chunk at 8,192": (1, 512, 8192),
+}
 COLD = 128 << 20
 """Bytes of pages that are cycled through, so that no cache of the processor holds them."""
 

@@ -16,6 +16,7 @@ constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kPiece = 512;
 // A tile is cut into pieces when it is more than this part of a thread's share of the work.
 constexpr int64_t kTilesPerThread = 32;
+constexpr int64_t kRowsAhead = 2;
 // With so many pieces for each thread, a piece covers all heads.
 constexpr int64_t kPiecesPerThread = 4;
 constexpr float kLog2e = 1.44269504088896341f;
@@ -164,8 +165,9 @@ struct Workspace {
   float* scores;           // [kTileRows][kBlockKeys]; then probabilities
   float* panel;            // keys or values of a panel
   float* keep;             // [kTileRows]
+  float* row;              // [H]
   State piece, total;
-  const void** rows[2];    // [kBlockKeys] rows of a block, and of the next one
+  const void** rows[2];    // [3][kBlockKeys] keys and values of a block, keys of the next one
   char* zeros;             // one position
 
   Workspace(Cutter* cut, const AttentionJob& job, const Layout& layout)
@@ -173,11 +175,12 @@ struct Workspace {
         scores(cut->take<float>(kTileRows * kBlockKeys)),
         panel(cut->take<float>(kPanel * larger(job.head_size, kBlockKeys))),
         keep(cut->take<float>(kTileRows)),
+        row(cut->take<float>(job.head_size)),
         piece{cut->take<float>(kTileRows), cut->take<float>(kTileRows),
               cut->take<float>(kTileRows * layout.width)},
         total{cut->take<float>(kTileRows), cut->take<float>(kTileRows),
               cut->take<float>(kTileRows * layout.width)},
-        rows{cut->take<const void*>(2 * kBlockKeys), cut->take<const void*>(2 * kBlockKeys)},
+        rows{cut->take<const void*>(3 * kBlockKeys), cut->take<const void*>(3 * kBlockKeys)},
         zeros(cut->take<char>(layout.position)) {}
 };
 
@@ -209,7 +212,7 @@ int64_t scratch_bytes(const AttentionJob& job, int threads) {
 
 // -- queries, keys and values of the new tokens --------------------------------------------------
 
-void norm_head(float* x, int64_t size, const float* weight, float eps) {
+void norm_head(const float* x, int64_t size, const float* weight, float eps, float* out) {
   Vec squares = Vec::zero();
   int64_t d = 0;
   for (; d + Vec::width <= size; d += Vec::width) {
@@ -223,9 +226,9 @@ void norm_head(float* x, int64_t size, const float* weight, float eps) {
   }
   const Vec scale = Vec::set(1.0f / sqrtf(squares.sum() / static_cast<float>(size) + eps));
   for (d = 0; d + Vec::width <= size; d += Vec::width) {
-    (Vec::load(x + d) * scale * Vec::load(weight + d)).store(x + d);
+    (Vec::load(x + d) * scale * Vec::load(weight + d)).store(out + d);
   }
-  if (rest) (Vec::load(x + d, rest) * scale * Vec::load(weight + d, rest)).store(x + d, rest);
+  if (rest) (Vec::load(x + d, rest) * scale * Vec::load(weight + d, rest)).store(out + d, rest);
 }
 
 void rotate_head(float* x, int64_t rotary, const float* cos, const float* sin) {
@@ -254,9 +257,13 @@ void write_head(const float* x, int64_t size, CacheType type, char* to) {
   for (; d < size; ++d) out[d] = to_bf16(x[d]);
 }
 
+void prefetch_row(const float* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 16) __builtin_prefetch(row + d, 0, 3);
+}
+
 void append(const AttentionJob& job, void* scratch, const Team& team) {
   const Layout layout(job);
-  const int64_t H = job.head_size, stride = job.gated ? 2 * H : H;
+  const int64_t H = job.head_size;
   if (team.thread == 0) static_cast<Counter*>(scratch)->value = 0;
   int64_t tokens = 0, begin, end;
   for (int64_t b = 0; b < job.count; ++b) tokens += job.sequences[b].tokens;
@@ -267,18 +274,11 @@ void append(const AttentionJob& job, void* scratch, const Team& team) {
     const int64_t last = smaller(s.tokens, end - passed);
     for (int64_t t = larger(0, begin - passed); t < last; ++t) {
       const int64_t row = s.row + t;
-      const float* cos = job.cos + row * job.rotary;
-      const float* sin = job.sin + row * job.rotary;
-      for (int64_t n = 0; n < job.heads; ++n) {
-        float* q = job.q + row * layout.q_stride + n * stride;
-        if (job.q_norm) norm_head(q, H, job.q_norm, job.eps);
-        rotate_head(q, job.rotary, cos, sin);
-      }
       char* keys = layout.keys(job, s, s.before + t);
       for (int64_t g = 0; g < job.kv_heads; ++g) {
         float* k = job.k + (row * job.kv_heads + g) * H;
-        if (job.k_norm) norm_head(k, H, job.k_norm, job.eps);
-        rotate_head(k, job.rotary, cos, sin);
+        if (job.k_norm) norm_head(k, H, job.k_norm, job.eps, k);
+        rotate_head(k, job.rotary, job.cos + row * job.rotary, job.sin + row * job.rotary);
         char* to = keys + g * H * layout.item;
         write_head(k, H, job.type, to);
         write_head(job.v + (row * job.kv_heads + g) * H, H, job.type, to + layout.half);
@@ -364,16 +364,20 @@ void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile,
     const bool fresh = block == start, more = block + kBlockKeys < after;
     const int64_t i0 = tile.first_row(layout, block), count = tile.rows - i0;
     const void* const* values = rows + kBlockKeys;
-    Ahead ahead(values, seen, bytes);
+    if (more) {
+      find_rows(job, layout, tile, block + kBlockKeys, smaller(after, limit), work.zeros, next);
+      memcpy(rows + 2 * kBlockKeys, next, sizeof(void*) * kBlockKeys);
+    }
+    // The values of this block, then the keys of the next one.
+    Ahead ahead(values, more ? 2 * kBlockKeys : seen, bytes);
     for (int64_t j = 0; j < seen; j += kPanel) {
       for (int64_t h = 0; h < tile.heads; ++h) {
         const int64_t at = h * tile.rows + i0;
-        pack_keys<Kind>(rows + j, h * H, steps, work.panel);
-        multiply_panel<Kind>(work.q + at * steps, steps, work.panel, steps,
-                             work.scores + at * kBlockKeys + j, kBlockKeys, nullptr, count, &ahead);
+        pack_keys<Kind>(rows + j, h * H, steps, work.panel, &ahead);
+        multiply_keys<Kind>(work.q + at * steps, steps, work.panel, steps,
+                            work.scores + at * kBlockKeys + j, kBlockKeys, count, &ahead);
       }
     }
-    ahead.fetch_rest();
     const int64_t low = larger(0, first - block);
     for (int64_t h = 0; h < tile.heads; ++h) {
       const State state = states.from(layout, h * stride);
@@ -384,20 +388,16 @@ void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile,
                                      state.top + i, state.sum + i);
       }
     }
-    if (more) {
-      find_rows(job, layout, tile, block + kBlockKeys, smaller(after, limit), work.zeros, next);
-      ahead = Ahead(next, kBlockKeys, bytes);
-    }
     const int64_t value_steps = ceil_div(seen, Kind::kStep);
     for (int64_t h = 0; h < tile.heads; ++h) {
       const State state = states.from(layout, h * stride + i0);
       const int64_t at = h * tile.rows + i0;
       const uint32_t* weights = reinterpret_cast<const uint32_t*>(work.scores + at * kBlockKeys);
       for (int64_t column = 0; column < H; column += kPanel) {
-        Kind::pack_values(values, static_cast<int>(value_steps * Kind::kStep), h * H + column,
-                          (h + 1) * H, work.panel);
-        multiply_panel<Kind>(weights, kBlockKeys, work.panel, value_steps, state.values + column,
-                             layout.width, fresh ? nullptr : work.keep + at, count, &ahead);
+        multiply_values<Kind>(weights, kBlockKeys,
+                              typename Kind::Values(values, h * H + column, (h + 1) * H),
+                              work.panel, value_steps, state.values + column, layout.width,
+                              fresh ? nullptr : work.keep + at, count, &ahead);
       }
     }
     ahead.fetch_rest();
@@ -440,15 +440,27 @@ void finish_row(const AttentionJob& job, const Layout& layout, const AttentionSe
   }
 }
 
+// The queries of a tile, normed, rotated and packed.
 template <class Kind>
-void load_queries(const AttentionJob& job, const Layout& layout, const Tile& tile, uint32_t* q) {
+void load_queries(const AttentionJob& job, const Layout& layout, const Tile& tile,
+                  const Workspace& work) {
   const int64_t H = job.head_size, stride = job.gated ? 2 * H : H;
+  uint32_t* to = work.q;
   for (int64_t h = 0; h < tile.heads; ++h) {
-    for (int64_t i = 0; i < tile.rows; ++i, q += H / Kind::kStep) {
+    for (int64_t i = 0; i < tile.rows; ++i, to += H / Kind::kStep) {
       const int64_t row = tile.row + i;
       const int64_t p = tile.sequence->row + row / layout.group;
       const int64_t n = (tile.head + h) * layout.group + row % layout.group;
-      Kind::pack_row(job.q + p * layout.q_stride + n * stride, H, q);
+      const float* q = job.q + p * layout.q_stride + n * stride;
+      // Mostly that of another head of this token; with its gate, which stays in the second cache.
+      if (n + kRowsAhead < job.heads) prefetch_row(q + kRowsAhead * stride, stride);
+      if (job.q_norm) {
+        norm_head(q, H, job.q_norm, job.eps, work.row);
+      } else {
+        memcpy(work.row, q, sizeof(float) * H);
+      }
+      rotate_head(work.row, job.rotary, job.cos + p * job.rotary, job.sin + p * job.rotary);
+      Kind::pack_row(work.row, H, to);
     }
   }
 }
@@ -456,7 +468,7 @@ void load_queries(const AttentionJob& job, const Layout& layout, const Tile& til
 // All pieces of a tile of one head by one thread.
 template <class Kind>
 void whole_tile(const AttentionJob& job, const Layout& layout, const Tile& tile, Workspace* work) {
-  load_queries<Kind>(job, layout, tile, work->q);
+  load_queries<Kind>(job, layout, tile, *work);
   const int64_t limit = tile.limit(layout), first = tile.first_piece();
   const int64_t last = tile.last_piece(limit);
   walk_piece<Kind>(job, layout, tile, first, true, limit, *work, work->total, tile.rows);
@@ -497,7 +509,7 @@ void split_tiles(const AttentionJob& job, const Layout& layout, const Plan& plan
           const bool mine = begin <= passed && passed < end;
           passed += heads * tile.rows * (until - from);
           if (!mine) continue;
-          if (!loaded) load_queries<Kind>(job, layout, tile, work->q);
+          if (!loaded) load_queries<Kind>(job, layout, tile, *work);
           State state = work->piece;
           if (share.pieces > 1) {
             state = shared.split.from(layout, states + g * stride + piece * share.rows + row);
