@@ -25,6 +25,10 @@ ThreadPool& pool();
 void bind_attention(nb::module_& m);
 void bind_gated_delta(nb::module_& m);
 void bind_norm(nb::module_& m);
+void bind_moe(nb::module_& m);
+void bind_decoder(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_probe(nb::module_& m);
+void bind_round(nb::module_& m);
 
 }  // namespace qnext

@@ -48,5 +48,9 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_gated_delta(m);
   bind_norm(m);
+  bind_moe(m);
+  bind_decoder(m);
   bind_linear(m);
+  bind_probe(m);
+  bind_round(m);
 }

@@ -25,11 +25,13 @@ MAY_IMPORT = {
     "text": {"errors"},
     "engine": {"model", "ops", "native", "config", "cost", "errors"},
     "answers": {"engine", "text"},
-    "llm": {"answers", "engine", "model", "ops", "text", "weights", "config", "errors"},
-    "serve": {"engine", "text", "weights", "llm", "errors"},
+    "llm": {"answers", "engine", "model", "native", "text", "weights", "config", "errors"},
+    "serve": {"engine", "text", "weights", "llm", "cost", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "cache_command", "errors"},
+            "doctor", "info", "terminal_chat", "cache_command", "quantization", "certificate",
+            "errors"},
     "cache_command": {"engine", "errors"},
+    "certificate": {"__init__", "weights", "text", "model", "quantization", "config", "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
     "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
@@ -37,7 +39,7 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli"},
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate"},
     "transformers": set(),
     "starlette": {"serve"},
     "uvicorn": {"serve"},

@@ -16,7 +16,7 @@ struct Scratch {
   DeltaBlock block;
   float* history;     // [J-1][nc], the convolution inputs before the block, rounded
   float* raw;         // [C][nc], the block's own where rounding changes them
-  float* mixed;       // [nc], one token after convolution and SiLU
+  float* weight;      // [J][nc], the taps of the item's channels
   const float** rows;  // [J-1 + C], the inputs in order: history, then the block
   DeltaUpdate* updates;  // [C]
 };
@@ -67,7 +67,7 @@ Scratch carve(const DeltaShape& s, void* memory, int64_t* floats) {
   x.block.work = take(step > chunk ? step : chunk);
   x.history = take(history * nc);
   x.raw = take(C * nc);
-  x.mixed = take(nc);
+  x.weight = take(s.taps * nc);
   constexpr int64_t kFloats = sizeof(float);
   x.rows = reinterpret_cast<const float**>(
       take((history + C) * static_cast<int64_t>(sizeof(float*)) / kFloats));
@@ -83,31 +83,34 @@ int64_t scratch_bytes(const DeltaShape& shape) {
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
-// The rest of a row of n floats, or a whole vector of it.
-inline Vec load_some(const float* p, int64_t left) {
-  return left >= Vec::width ? Vec::load(p) : Vec::load(p, static_cast<int>(left));
-}
-inline void store_some(Vec v, float* p, int64_t left) {
-  if (left >= Vec::width) {
-    v.store(p);
-  } else {
-    v.store(p, static_cast<int>(left));
-  }
+// A row goes by whole vectors, then what is left of it.
+struct Whole {};
+struct Part {
+  int count;
+};
+inline Vec load(const float* p, Whole) { return Vec::load(p); }
+inline Vec load(const float* p, Part part) { return Vec::load(p, part.count); }
+inline void store(Vec v, float* p, Whole) { v.store(p); }
+inline void store(Vec v, float* p, Part part) { v.store(p, part.count); }
+
+template <class Body>
+inline void by_vectors(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + Vec::width <= count; i += Vec::width) body(i, Whole{});
+  if (i < count) body(i, Part{static_cast<int>(count - i)});
 }
 
 float dot(const float* a, const float* b, int64_t count) {
   Vec sum = Vec::zero();
-  for (int64_t i = 0; i < count; i += Vec::width) {
-    sum = fma(load_some(a + i, count - i), load_some(b + i, count - i), sum);
-  }
+  by_vectors(count, [&](int64_t i, auto part) {
+    sum = fma(load(a + i, part), load(b + i, part), sum);
+  });
   return sum.sum();
 }
 
-void scale(const float* x, float by, int64_t count, float* out) {
+void scale(float by, int64_t count, float* x) {
   const Vec factor = Vec::set(by);
-  for (int64_t i = 0; i < count; i += Vec::width) {
-    store_some(load_some(x + i, count - i) * factor, out + i, count - i);
-  }
+  by_vectors(count, [&](int64_t i, auto part) { store(load(x + i, part) * factor, x + i, part); });
 }
 
 void copy(const float* from, int64_t count, float* to) {
@@ -159,6 +162,18 @@ void write_window(const Item& item, const Scratch& x, void* window) {
   }
 }
 
+// The item's taps side by side: in the checkpoint's order they lie a power of two apart and push each
+// other out of L1.
+void read_weight(const Item& item, const Scratch& x) {
+  const int64_t channels = delta_channels(item.layer.shape);
+  for (int64_t j = 0; j < item.layer.shape.taps; ++j) {
+    for (const Section& part : item.sections) {
+      copy(item.layer.conv_weight + j * channels + part.channel, part.count,
+           x.weight + j * item.channels + part.item);
+    }
+  }
+}
+
 // The last J-1 inputs before the new tokens: of the window, then of the kept tokens.
 void read_history(const Item& item, const Scratch& x) {
   const int64_t history = item.layer.shape.taps - 1, kept = item.sequence.kept;
@@ -175,21 +190,42 @@ void read_history(const Item& item, const Scratch& x) {
 
 // -- a block of tokens -------------------------------------------------------------------------------
 
-// Sum over taps and SiLU for one token: window[j] is the input j - (J-1) tokens away.
-void convolve(const Item& item, const float* const* window, float* out) {
-  const DeltaShape& s = item.layer.shape;
-  const int64_t channels = delta_channels(s);
-  for (const Section& part : item.sections) {
-    const float* weight = item.layer.conv_weight + part.channel;
-    for (int64_t i = 0; i < part.count; i += Vec::width) {
-      const int64_t left = part.count - i;
-      Vec sum = Vec::zero();
-      for (int64_t j = 0; j < s.taps; ++j) {
-        sum = fma(load_some(window[j] + part.item + i, left),
-                  load_some(weight + j * channels + i, left), sum);
-      }
-      store_some(silu(sum), out + part.item + i, left);
+// Sum over taps and SiLU of `count` channels of one token from channel `first` of the item on;
+// window[j] is the input j - (J-1) tokens away. kTaps is J where it is known, else 0. Returns the
+// sum of squares of the result.
+template <int kTaps>
+float convolve(const float* const* window, const float* weight, int64_t channels, int64_t taps,
+               int64_t first, int64_t count, float* out) {
+  const int64_t J = kTaps ? kTaps : taps;
+  Vec squares = Vec::zero();
+  by_vectors(count, [&](int64_t i, auto part) {
+    Vec sum = Vec::zero();
+    for (int64_t j = 0; j < J; ++j) {
+      sum = fma(load(window[j] + first + i, part), load(weight + j * channels + first + i, part),
+                sum);
     }
+    sum = silu(sum);
+    squares = fma(sum, sum, squares);
+    store(sum, out + i, part);
+  });
+  return squares.sum();
+}
+
+// One token: q and k of unit length, q times K^-0.5 as well, and the values.
+template <int kTaps>
+void mix(const Scratch& x, int64_t channels, int64_t taps, int64_t t) {
+  const DeltaBlock& block = x.block;
+  const int64_t K = block.key_dim, M = block.value_dim;
+  const float* const* window = x.rows + t;
+  float* q = block.q + t * K;
+  float* k = block.k + t * K;
+  const float q_squares = convolve<kTaps>(window, x.weight, channels, taps, 0, K, q);
+  const float k_squares = convolve<kTaps>(window, x.weight, channels, taps, K, K, k);
+  scale(1.0f / sqrtf((q_squares + 1e-6f) * static_cast<float>(K)), K, q);
+  scale(1.0f / sqrtf(k_squares + 1e-6f), K, k);
+  for (int64_t w = 0; w < block.group; ++w) {
+    convolve<kTaps>(window, x.weight, channels, taps, 2 * K + w * M, M,
+                    block.v + (w * kDeltaChunk + t) * M);
   }
 }
 
@@ -226,17 +262,20 @@ void gates(const Item& item, const DeltaBlock& block, int64_t first_row) {
     }
     const Vec rate = Vec::set(-expf(item.layer.a_log[head]));
     const Vec bias = Vec::set(item.layer.dt_bias[head]);
-    for (int64_t t = 0; t < T; t += Vec::width) {
-      const Vec decay = rate * softplus(load_some(g + t, T - t) + bias);
-      store_some(decay, g + t, T - t);
-      store_some(exp(decay), alpha + t, T - t);
-      store_some(sigmoid(load_some(beta + t, T - t)), beta + t, T - t);
-    }
+    by_vectors(T, [&](int64_t t, auto part) {
+      const Vec decay = rate * softplus(load(g + t, part) + bias);
+      store(decay, g + t, part);
+      store(exp(decay), alpha + t, part);
+      store(sigmoid(load(beta + t, part)), beta + t, part);
+    });
   }
 }
 
+// Rows are far apart in qkvz: the processor does not guess where the next one is.
+constexpr int64_t kAhead = 3;
+
 // Tokens [done, done + tokens) of the sequence up to the point where the recurrence takes over.
-void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens) {
+void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens, bool by_step) {
   const DeltaShape& s = item.layer.shape;
   const int64_t K = s.key_dim, M = s.value_dim, history = s.taps - 1;
   const int64_t first_row = item.sequence.first_row + done;
@@ -244,26 +283,24 @@ void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens) {
   DeltaBlock& block = x.block;
   block.tokens = tokens;
   for (int64_t j = 0; j < history; ++j) x.rows[j] = x.history + j * item.channels;
-  const float key_scale = 1.0f / sqrtf(static_cast<float>(K));
   for (int64_t t = 0; t < tokens; ++t) {
     const float* row = item.batch.qkvz + (first_row + t) * item.batch.qkvz_stride + start;
+    if (t + kAhead < tokens) {
+      const float* ahead = row + kAhead * item.batch.qkvz_stride;
+      for (int64_t i = 0; i < item.channels; i += kLine) __builtin_prefetch(ahead + i);
+    }
     if (item.layer.window_type == WindowType::bf16) {
       float* rounded = x.raw + t * item.channels;
       round_row(row, item.channels, rounded);
       row = rounded;
     }
     x.rows[history + t] = row;
-    convolve(item, x.rows + t, x.mixed);
-    const float* q = x.mixed;
-    const float* k = x.mixed + K;
-    float* q_out = block.q + t * K;
-    float* k_out = block.k + t * K;
-    scale(q, key_scale / sqrtf(dot(q, q, K) + 1e-6f), K, q_out);
-    scale(k, 1.0f / sqrtf(dot(k, k, K) + 1e-6f), K, k_out);
-    block.qk[t] = dot(q_out, k_out, K);
-    for (int64_t w = 0; w < item.group; ++w) {
-      copy(x.mixed + 2 * K + w * M, M, block.v + (w * kDeltaChunk + t) * M);
+    if (s.taps == 4) {
+      mix<4>(x, item.channels, s.taps, t);
+    } else {
+      mix<0>(x, item.channels, s.taps, t);
     }
+    if (by_step) block.qk[t] = dot(block.q + t * K, block.k + t * K, K);
   }
   gates(item, block, first_row);
 }
@@ -275,17 +312,20 @@ void gated_norm(const Item& item, const DeltaBlock& block, int64_t done) {
   const float* weight = item.layer.norm_weight;
   for (int64_t t = 0; t < block.tokens; ++t) {
     const int64_t row = item.sequence.first_row + done + t;
+    if (t + kAhead < block.tokens) {
+      const float* ahead = item.batch.qkvz + (row + kAhead) * item.batch.qkvz_stride + z_start;
+      for (int64_t i = 0; i < group * M; i += kLine) __builtin_prefetch(ahead + i);
+    }
     for (int64_t w = 0; w < group; ++w) {
       const float* o = block.out + (w * kDeltaChunk + t) * M;
       const float* z = item.batch.qkvz + row * item.batch.qkvz_stride + z_start + w * M;
       float* y = item.batch.y + (row * item.layer.shape.value_heads + item.head * group + w) * M;
       const float mean = dot(o, o, M) / static_cast<float>(M);
       const Vec factor = Vec::set(1.0f / sqrtf(mean + item.layer.eps));
-      for (int64_t i = 0; i < M; i += Vec::width) {
-        const int64_t left = M - i;
-        const Vec normed = load_some(o + i, left) * factor * load_some(weight + i, left);
-        store_some(normed * silu(load_some(z + i, left)), y + i, left);
-      }
+      by_vectors(M, [&](int64_t i, auto part) {
+        const Vec normed = load(o + i, part) * factor * load(weight + i, part);
+        store(normed * silu(load(z + i, part)), y + i, part);
+      });
     }
   }
 }
@@ -362,6 +402,7 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
   const bool by_step = sequence.speculative || sequence.tokens <= step_tokens;
   int64_t kept = sequence.kept;
   read_history(item, x);
+  if (sequence.tokens) read_weight(item, x);
   if (kept && (sequence.speculative || sequence.tokens == 0)) {
     write_window(item, x, sequence.window);
   }
@@ -376,7 +417,7 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
     const int64_t end = piece_end(sequence, done);
     while (done < end) {
       const int64_t tokens = end - done < kDeltaChunk ? end - done : kDeltaChunk;
-      prepare(item, x, done, tokens);
+      prepare(item, x, done, tokens, by_step);
       for (int64_t w = 0; w < item.group; ++w) {
         float* one = state + w * head_size;
         if (by_step) {

@@ -210,19 +210,34 @@ void down(const Part& part, int64_t rows, int64_t c, int tail) {
   }
 }
 
-// All rows of a panel of columns before the next panel: what is multiplied stays in L1.
-template <class Part>
+// All rows of a panel of V vectors of columns before the next panel: what is multiplied stays in L1.
+template <int V, class Part>
 void cover(const Part& part, int64_t rows, int64_t columns) {
   int64_t c = 0;
-  for (; c + kVectors * Vec::width <= columns; c += kVectors * Vec::width) {
-    down<kVectors, false>(part, rows, c, Vec::width);
+  for (; c + V * Vec::width <= columns; c += V * Vec::width) {
+    down<V, false>(part, rows, c, Vec::width);
   }
   for (; c + Vec::width <= columns; c += Vec::width) down<1, false>(part, rows, c, Vec::width);
   if (c < columns) down<1, true>(part, rows, c, static_cast<int>(columns - c));
 }
 
 void transpose(const float* k, int64_t tokens, int64_t K, float* kt) {
-  for (int64_t t = 0; t < tokens; ++t) {
+  int64_t t = 0;
+#if !defined(QNEXT_ISA_scalar)
+  for (; t + 4 <= tokens; t += 4) {
+    int64_t i = 0;
+    for (; i + 4 <= K; i += 4) {
+      __m128 row[4];
+      for (int n = 0; n < 4; ++n) row[n] = _mm_loadu_ps(k + (t + n) * K + i);
+      _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+      for (int n = 0; n < 4; ++n) _mm_storeu_ps(kt + (i + n) * C + t, row[n]);
+    }
+    for (; i < K; ++i) {
+      for (int n = 0; n < 4; ++n) kt[i * C + t + n] = k[(t + n) * K + i];
+    }
+  }
+#endif
+  for (; t < tokens; ++t) {
     for (int64_t i = 0; i < K; ++i) kt[i * C + t] = k[t * K + i];
   }
 }
@@ -285,20 +300,21 @@ void delta_chunk(const DeltaBlock& block, int64_t w, float* state, bool products
   const Matrices m = carve(block.work, block.key_dim);
   const int64_t T = block.tokens, K = block.key_dim, M = block.value_dim;
   if (products) {
+    // Narrow panels: those that lie above the diagonal are left out.
     transpose(block.k, T, K, m.kt);
-    cover(Triangle{block.k, m.kt, m.kk, K}, T, T);
-    cover(Triangle{block.q, m.kt, m.qk, K}, T, T);
+    cover<2>(Triangle{block.k, m.kt, m.kk, K}, T, T);
+    cover<2>(Triangle{block.q, m.kt, m.qk, K}, T, T);
   }
   sum_decays(block, w, m);
   decay_matrices(block, w, m);
   const int64_t at = w * C * M;
   const Chunk x = {block, m, state, block.v + at, block.beta + w * C, block.d + at, block.out + at,
                    m.entry[T - 1]};
-  cover(Keys{x}, T, M);
-  cover(Queries{x}, T, M);
-  cover(Solve{x}, T, M);
+  cover<kVectors>(Keys{x}, T, M);
+  cover<kVectors>(Queries{x}, T, M);
+  cover<kVectors>(Solve{x}, T, M);
   scale_rows(m.exit, T, M, x.d);
-  cover(Update{x}, K, M);
+  cover<kVectors>(Update{x}, K, M);
 }
 
 }  // namespace qnext::QNEXT_ISA

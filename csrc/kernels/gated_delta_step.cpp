@@ -10,8 +10,13 @@
 namespace qnext::QNEXT_ISA {
 namespace {
 
-// Vectors of columns swept together: enough chains of additions to hide their latency.
+// Vectors of columns swept together: enough chains of additions to hide their latency, and as many
+// of a row of the state as the registers allow, because memory is read fastest in order.
+#if defined(QNEXT_ISA_avx512)
+constexpr int kVectors = 8;
+#else
 constexpr int kVectors = 4;
+#endif
 
 // Sums over the rows of a block of columns.
 template <int V>
@@ -19,40 +24,41 @@ struct Sums {
   Vec k[V], q[V];
 };
 
-// One sweep over K rows of V vectors of columns; the last vector has `tail` columns where kTail.
-// kApply: dst = alpha src + k d^T. kRead: sums of k_next^T and q_next^T times the (new) state.
-template <int V, bool kTail, bool kApply, bool kRead>
-void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64_t dst_stride,
-           int tail, const DeltaUpdate& update, const float* k_next, const float* q_next,
-           Sums<V>* sums) {
-  Vec d[V], ks[V], qs[V];
-  const Vec alpha = Vec::set(update.alpha);
-  for (int j = 0; j < V; ++j) {
-    const bool partial = kTail && j == V - 1;
-    if (kApply) {
-      d[j] = partial ? Vec::load(update.d + j * Vec::width, tail)
-                     : Vec::load(update.d + j * Vec::width);
-    }
-    ks[j] = qs[j] = Vec::zero();
+template <int V, bool kTail>
+inline Vec load(const float* p, int j, int tail) {
+  return kTail && j == V - 1 ? Vec::load(p + j * Vec::width, tail) : Vec::load(p + j * Vec::width);
+}
+
+template <int V, bool kTail>
+inline void store(Vec v, float* p, int j, int tail) {
+  if (kTail && j == V - 1) {
+    v.store(p + j * Vec::width, tail);
+  } else {
+    v.store(p + j * Vec::width);
   }
+}
+
+// One sweep over K rows of V vectors of columns from c on; the last vector has `tail` columns where
+// kTail. `count` updates, one after another, give dst = alpha src + k d^T (without any, nothing is
+// written). kRead: sums of k_next^T and q_next^T times the new state.
+template <int V, bool kTail, bool kRead>
+void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64_t dst_stride,
+           int64_t c, int tail, const DeltaUpdate* updates, int64_t count, const float* k_next,
+           const float* q_next, Sums<V>* sums) {
+  Vec ks[V], qs[V];
+  for (int j = 0; j < V; ++j) ks[j] = qs[j] = Vec::zero();
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = src + i * src_stride;
     Vec s[V];
-    for (int j = 0; j < V; ++j) {
-      const bool partial = kTail && j == V - 1;
-      s[j] = partial ? Vec::load(from + j * Vec::width, tail) : Vec::load(from + j * Vec::width);
+    for (int j = 0; j < V; ++j) s[j] = load<V, kTail>(from, j, tail);
+    for (int64_t n = 0; n < count; ++n) {
+      const Vec k = Vec::set(updates[n].k[i]), alpha = Vec::set(updates[n].alpha);
+      const float* d = updates[n].d + c;
+      for (int j = 0; j < V; ++j) s[j] = fma(k, load<V, kTail>(d, j, tail), alpha * s[j]);
     }
-    if (kApply) {
-      const Vec k = Vec::set(update.k[i]);
+    if (count) {
       float* to = dst + i * dst_stride;
-      for (int j = 0; j < V; ++j) {
-        s[j] = fma(k, d[j], alpha * s[j]);
-        if (kTail && j == V - 1) {
-          s[j].store(to + j * Vec::width, tail);
-        } else {
-          s[j].store(to + j * Vec::width);
-        }
-      }
+      for (int j = 0; j < V; ++j) store<V, kTail>(s[j], to, j, tail);
     }
     if (kRead) {
       const Vec k = Vec::set(k_next[i]), q = Vec::set(q_next[i]);
@@ -79,18 +85,10 @@ void finish(const DeltaBlock& block, int64_t w, int64_t t, const Sums<V>& sums, 
   const Vec beta = Vec::set(block.beta[w * kDeltaChunk + t]);
   const Vec qk = Vec::set(block.qk[t]);
   for (int j = 0; j < V; ++j) {
-    const int64_t at = row + j * Vec::width;
-    const bool partial = kTail && j == V - 1;
-    const Vec v = partial ? Vec::load(block.v + at, tail) : Vec::load(block.v + at);
+    const Vec v = load<V, kTail>(block.v + row, j, tail);
     const Vec d = beta * (v - alpha * sums.k[j]);
-    const Vec out = fma(qk, d, alpha * sums.q[j]);
-    if (partial) {
-      d.store(block.d + at, tail);
-      out.store(block.out + at, tail);
-    } else {
-      d.store(block.d + at);
-      out.store(block.out + at);
-    }
+    store<V, kTail>(d, block.d + row, j, tail);
+    store<V, kTail>(fma(qk, d, alpha * sums.q[j]), block.out + row, j, tail);
   }
 }
 
@@ -102,36 +100,31 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
   constexpr int64_t kWidth = V * Vec::width;
   float* base = state + c;
   Sums<V> sums;
-  if (kept == 0 && T > 0) {
-    sweep<V, kTail, false, true>(K, base, M, nullptr, 0, tail, {nullptr, nullptr, 0.0f}, block.k,
-                                 block.q, &sums);
-    finish<V, kTail>(block, w, 0, sums, c, tail);
+  if (T == 0) {
+    sweep<V, kTail, false>(K, base, M, base, M, c, tail, updates, kept, nullptr, nullptr, &sums);
+    return;
   }
-  // Update i is a kept token, then token i - kept of the block. The last token of a speculative
-  // block is not applied: nobody reads the private state after it.
-  const int64_t count = kept + (speculative ? T - 1 : T);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = i - kept, next = t + 1;
-    DeltaUpdate update;
-    if (t < 0) {
-      update = {updates[i].k, updates[i].d + c, updates[i].alpha};
-    } else {
-      const int64_t at = w * kDeltaChunk + t;
-      update = {block.k + t * K, block.d + at * M + c, block.alpha[at]};
+  sweep<V, kTail, true>(K, base, M, base, M, c, tail, updates, kept, block.k, block.q, &sums);
+  finish<V, kTail>(block, w, 0, sums, c, tail);
+  // Apply token t, read with the next one. Nobody reads the state after the last token of a
+  // speculative block.
+  const float* src = base;
+  int64_t src_stride = M;
+  float* dst = speculative ? block.work : base;
+  const int64_t dst_stride = speculative ? kWidth : M;
+  for (int64_t t = 0; t < T; ++t) {
+    const int64_t at = w * kDeltaChunk + t, next = t + 1;
+    const DeltaUpdate update = {block.k + t * K, block.d + at * M, block.alpha[at]};
+    if (next < T) {
+      sweep<V, kTail, true>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
+                            block.k + next * K, block.q + next * K, &sums);
+      finish<V, kTail>(block, w, next, sums, c, tail);
+    } else if (!speculative) {
+      sweep<V, kTail, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1, nullptr,
+                             nullptr, &sums);
     }
-    const bool copied = speculative && t > 0, copy = speculative && t >= 0;
-    const float* src = copied ? block.work : base;
-    const int64_t src_stride = copied ? kWidth : M;
-    float* dst = copy ? block.work : base;
-    const int64_t dst_stride = copy ? kWidth : M;
-    if (next < 0 || next >= T) {
-      sweep<V, kTail, true, false>(K, src, src_stride, dst, dst_stride, tail, update, nullptr,
-                                   nullptr, &sums);
-      continue;
-    }
-    sweep<V, kTail, true, true>(K, src, src_stride, dst, dst_stride, tail, update,
-                                block.k + next * K, block.q + next * K, &sums);
-    finish<V, kTail>(block, w, next, sums, c, tail);
+    src = dst;
+    src_stride = dst_stride;
   }
 }
 

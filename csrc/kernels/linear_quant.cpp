@@ -7,7 +7,7 @@
 namespace qnext::QNEXT_ISA {
 namespace {
 
-// Vectors and activations that are computed together: their sums are registers.
+// Vectors of rows and rows of activations that are computed together: their sums are registers.
 #if defined(QNEXT_ISA_avx512)
 constexpr int kVectors = 2, kTokens = 8;
 #elif defined(QNEXT_ISA_scalar)
@@ -17,19 +17,45 @@ constexpr int kVectors = 2, kTokens = 4;
 #endif
 constexpr int kParts = static_cast<int>(kTileRows) / (kVectors * kLanes);
 
-struct Task {
-  const uint8_t* tile;
-  const QuantRow* at;
-  const char* const* x;  // prepared rows
-  float* const* out;     // row i of the outputs, at the first row of the tile
-  int rows;              // of the tile that exist
+// Bytes to ask for while other work goes on, a few lines per group of columns: more at once would
+// wait for each other.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  const uint8_t* end = nullptr;
+  int64_t lines = 0;
+  void ask() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
 };
 
-template <int T>
-void store(const Task& task, int part, const Floats (*sum)[T]) {
+// One panel: up to two tiles of W times a few rows of x.
+struct Task {
+  const QuantRow* at;
+  const uint8_t* tile[2];  // bytes of the lines of weights
+  const float* row_scale[2];
+  const char* const* x;  // prepared rows
+  float* const* out;     // of every row of x, at the first row of the tile
+  int rows;              // of the tiles that exist
+  Ahead ahead;
+};
+
+// The outputs lie far apart: without this every store would wait for memory at the end.
+template <int T, int V>
+void ask_for_outputs(const Task& task, int part) {
   for (int t = 0; t < T; ++t) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int r = (part * kVectors + v) * kLanes;
+    for (int r = 0; r < V * kLanes; r += 16) {
+      __builtin_prefetch(task.out[t] + part * V * kLanes + r, 1, 3);
+    }
+  }
+}
+
+template <int T, int V>
+void store(const Task& task, int part, const Floats (&sum)[V][T]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int r = (part * V + v) * kLanes;
       const int live = task.rows - r;
       if (live >= kLanes) {
         sum[v][t].store(task.out[t] + r);
@@ -40,64 +66,106 @@ void store(const Task& task, int part, const Floats (*sum)[T]) {
   }
 }
 
+// Weights stream through a panel too fast for the processor's own prefetcher; ask for those this
+// far ahead.
+constexpr int64_t kAhead = 4096;
+template <int lines>
+inline void stream(const uint8_t* w) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(w + kAhead + i * 64, 0, 3);
+}
+
 inline Floats scale_of(const char* x, int64_t scales, int64_t block) {
   float scale;
   memcpy(&scale, x + scales + block * 4, 4);
   return Floats::set(scale);
 }
 
-template <int T>
-void panel_q8(const Task& task, int part) {
+// Weights of one byte: q8 with its scales in front of every block, or an expanded q4.
+template <int T, int V, bool kBlockScales, int64_t kGroup, bool kStream>
+void panel_bytes(const Task& task, int part) {
+  // Bytes of four activations; what else a group holds comes after its 16.
+  constexpr int64_t kQuad = kGroup == kGroupQ4 ? 4 : kGroup / 4;
+  constexpr int tiles = V * kLanes > kTileRows ? 2 : 1, per_tile = V / tiles;
   const QuantRow& at = *task.at;
+  Ahead ahead = task.ahead;
   const char* x[T];
-  Floats sum[kVectors][T];
+  Floats sum[V][T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     x[t] = task.x[t];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v][t] = Floats::zero();
+    for (int v = 0; v < V; ++v) sum[v][t] = Floats::zero();
   }
-  const uint8_t* w = task.tile + part * kVectors * kLanes * 4;
+  const int row = part * V * kLanes;
+  const uint8_t* w[tiles];
+#pragma GCC unroll 2
+  for (int i = 0; i < tiles; ++i) w[i] = task.tile[i] + row * 4;
+  ask_for_outputs<T, V>(task, part);
   for (int64_t block = 0; block < at.blocks; ++block) {
-    const float* d = reinterpret_cast<const float*>(w);
-    w += kTileRows * 4;
+    const uint8_t* d[tiles];
+#pragma GCC unroll 2
+    for (int i = 0; i < tiles; ++i) {
+      d[i] = w[i];
+      if (kBlockScales) w[i] += kTileRows * 4;
+    }
     const int64_t first = block * 16;
     const int64_t end = first + 16 < at.groups ? first + 16 : at.groups;
-    Ints acc[kVectors][T];
+    Ints acc[V][T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[v][t] = everywhere(x[t] + at.starts + block * 4);
+      for (int v = 0; v < V; ++v) acc[v][t] = everywhere(x[t] + at.starts + block * 4);
     }
-    for (int64_t k = first * kGroupQ8; k < end * kGroupQ8; k += kGroupQ8) {
+    for (int64_t group = first; group < end; ++group) {
+      if (kStream && part == 0) stream<8>(w[0]);
+      ahead.ask();
+      const int64_t k = group * kGroup;
 #pragma GCC unroll 4
       for (int step = 0; step < 4; ++step) {
-        Bytes b[kVectors];
+        Bytes b[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) b[v] = load_bytes(w + v * kLanes * 4);
-        w += kTileRows * 4;
+        for (int v = 0; v < V; ++v) {
+          b[v] = load_bytes(w[v / per_tile] + (v % per_tile) * kLanes * 4 + step * kTileRows * 4);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
+          const char* a = x[t] + k + step * kQuad;
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) {
-            acc[v][t] = dot4(acc[v][t], b[v], x[t] + k + step * (kGroupQ8 / 4));
-          }
+          for (int v = 0; v < V; ++v) acc[v][t] = dot4(acc[v][t], b[v], a);
         }
       }
+#pragma GCC unroll 2
+      for (int i = 0; i < tiles; ++i) w[i] += kTileRows * 16;
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const Floats scale = scale_of(x[t], at.scales, block);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        sum[v][t] = fma(to_floats(acc[v][t]), scale * Floats::load(d + v * kLanes), sum[v][t]);
+      for (int v = 0; v < V; ++v) {
+        Floats factor = scale;
+        if (kBlockScales) {
+          factor = factor * Floats::load(reinterpret_cast<const float*>(d[v / per_tile]) +
+                                         (v % per_tile) * kLanes);
+        }
+        sum[v][t] = fma(to_floats(acc[v][t]), factor, sum[v][t]);
       }
     }
   }
-  store<T>(task, part, sum);
+  if (!kBlockScales) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const float* r = task.row_scale[v / per_tile] + row + (v % per_tile) * kLanes;
+        sum[v][t] = sum[v][t] * Floats::load(r);
+      }
+    }
+  }
+  store<T, V>(task, part, sum);
 }
 
-template <int T>
+template <int T, bool kStream>
 void panel_q4(const Task& task, int part) {
   const QuantRow& at = *task.at;
   const char* x[T];
@@ -109,8 +177,10 @@ void panel_q4(const Task& task, int part) {
     for (int v = 0; v < kVectors; ++v) sum[v][t] = Floats::zero();
   }
   const int row = part * kVectors * kLanes;
-  const float* r = reinterpret_cast<const float*>(task.tile) + row;
-  const uint8_t* w = task.tile + kTileRows * 4;
+  const float* r = task.row_scale[0] + row;
+  const uint8_t* w = task.tile[0];
+  Ahead ahead = task.ahead;
+  ask_for_outputs<T, kVectors>(task, part);
   for (int64_t block = 0; block < at.blocks; ++block) {
     const int64_t first = block * 16;
     const int64_t end = first + 16 < at.groups ? first + 16 : at.groups;
@@ -121,6 +191,8 @@ void panel_q4(const Task& task, int part) {
       for (int v = 0; v < kVectors; ++v) acc[v][t] = no_ints();
     }
     for (int64_t group = first; group < end; group += 2) {
+      if (kStream && part == 0) stream<9>(w);
+      ahead.ask();
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
         const uint8_t* lines = w + kTileRows * 2 + g * kTileRows * 8 + row * 4;
@@ -168,68 +240,206 @@ void panel_q4(const Task& task, int part) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[v][t] = sum[v][t] * Floats::load(r + v * kLanes);
   }
-  store<T>(task, part, sum);
+  store<T, kVectors>(task, part, sum);
 }
 
-template <int T>
+template <int T, bool kStream>
 void panel(Format format, const Task& task) {
   for (int part = 0; part < kParts; ++part) {
     if (part * kVectors * kLanes >= task.rows) break;
     if (format == Format::q8) {
-      panel_q8<T>(task, part);
+      panel_bytes<T, kVectors, true, kGroupQ8, kStream>(task, part);
     } else {
-      panel_q4<T>(task, part);
+      panel_q4<T, kStream>(task, part);
     }
   }
 }
 
+template <bool kStream>
 void panel_of(int tokens, Format format, const Task& task) {
   if constexpr (kTokens >= 8) {
-    if (tokens == 8) return panel<8>(format, task);
-    if (tokens == 7) return panel<7>(format, task);
-    if (tokens == 6) return panel<6>(format, task);
-    if (tokens == 5) return panel<5>(format, task);
+    if (tokens == 8) return panel<8, kStream>(format, task);
+    if (tokens == 7) return panel<7, kStream>(format, task);
+    if (tokens == 6) return panel<6, kStream>(format, task);
+    if (tokens == 5) return panel<5, kStream>(format, task);
   }
   if constexpr (kTokens >= 4) {
-    if (tokens == 4) return panel<4>(format, task);
-    if (tokens == 3) return panel<3>(format, task);
-    if (tokens == 2) return panel<2>(format, task);
+    if (tokens == 4) return panel<4, kStream>(format, task);
+    if (tokens == 3) return panel<3, kStream>(format, task);
+    if (tokens == 2) return panel<2, kStream>(format, task);
   }
-  panel<1>(format, task);
+  panel<1, kStream>(format, task);
 }
+
+// The rows of x, what to multiply them with, and where results go.
+struct Job {
+  const Matrix& w;
+  QuantRow at;
+  const char* prepared;
+  const int32_t* index;
+  int64_t count;
+  float* out;
+  int64_t ldo;
+  int64_t tile_bytes;
+
+  const char* x(int64_t i) const { return prepared + (index ? index[i] : i) * at.stride; }
+  const uint8_t* tile(int64_t number) const {
+    return static_cast<const uint8_t*>(w.data) + number * tile_bytes;
+  }
+};
+
+// What a panel of many asks for: its part of the next tiles.
+Ahead part_of(const uint8_t* next, int64_t bytes, int64_t panel, int64_t panels, int64_t times) {
+  const int64_t lines = (bytes / 64 + panels * times - 1) / (panels * times);
+  return {next + panel * times * lines * 64, next + bytes, lines};
+}
+
+// A tile times all activations, panel after panel; in the meantime the next tile is asked for.
+void direct(const Job& job, int64_t tile, int rows, bool more) {
+  const int64_t panels = (job.count + kTokens - 1) / kTokens;
+  const int64_t header = job.w.format == Format::q4 ? kTileRows * 4 : 0;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t i0 = job.count * p / panels, i1 = job.count * (p + 1) / panels;
+    const char* x[kTokens];
+    float* out[kTokens];
+    for (int64_t i = i0; i < i1; ++i) {
+      x[i - i0] = job.x(i);
+      out[i - i0] = job.out + i * job.ldo + tile * kTileRows;
+    }
+    const uint8_t* w = job.tile(tile);
+    Task task = {&job.at, {w + header}, {reinterpret_cast<const float*>(w)}, x, out, rows, {}};
+    const int tokens = static_cast<int>(i1 - i0);
+    if (panels == 1) {
+      panel_of<true>(tokens, job.w.format, task);
+      return;
+    }
+    if (more) {
+      const int64_t times = job.w.format == Format::q4 ? job.at.groups / 2 : job.at.groups;
+      task.ahead = part_of(w + job.tile_bytes, job.tile_bytes, p, panels, times);
+    }
+    panel_of<false>(tokens, job.w.format, task);
+  }
+}
+
+#if defined(QNEXT_ISA_avx512)
+
+// From so many activations on, two tiles at once pay: each activation loaded serves twice the rows.
+constexpr int64_t kManyQ8 = 9, kManyQ4 = 40;
+constexpr int kWideTokens = 6;
+
+// A q4 tile as bytes s * q + 128, in the order of q8: the same integers, so the same sums.
+void expand(const uint8_t* w, int64_t steps, uint8_t* to) {
+  const __m512i even = _mm512_set1_epi32(0x000f000f), odd = _mm512_set1_epi32(0x0f000f00);
+  const __m512i byte = _mm512_set1_epi16(0xff), middle = _mm512_set1_epi16(128);
+  for (int64_t i = 0; i < steps; ++i) {
+    for (int g = 0; g < 2; ++g) {
+      for (int v = 0; v < 2; ++v) {
+        __m512i s = load_scales(w + g * kTileRows + v * kLanes);
+        s = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
+        __m512i offset = _mm512_sub_epi16(middle, _mm512_slli_epi16(s, 3));
+        offset = _mm512_ternarylogic_epi32(offset, byte, _mm512_slli_epi16(offset, 8), 0xea);
+#pragma GCC unroll 2
+        for (int line = 0; line < 2; ++line) {
+          const Bytes b = load_bytes(w + kTileRows * (2 + 8 * g + 4 * line) + v * 64);
+          uint8_t* first = to + (4 * g + 2 * line) * kTileRows * 4 + v * 64;
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const __m512i n = half ? _mm512_srli_epi16(b, 4) : b;
+            const __m512i e = _mm512_mullo_epi16(_mm512_and_si512(n, even), s);
+            const __m512i o = _mm512_mullo_epi16(_mm512_and_si512(n, odd), s);
+            const __m512i both = _mm512_ternarylogic_epi32(e, byte, o, 0xea);
+            _mm512_store_si512(first + half * kTileRows * 4, _mm512_add_epi8(both, offset));
+          }
+        }
+      }
+    }
+    w += kTileRows * 18;
+    to += kTileRows * 32;
+  }
+}
+
+template <int T>
+void wide_panel(Format format, const Task& task) {
+  if (format == Format::q8) {
+    panel_bytes<T, 4, true, kGroupQ8, false>(task, 0);
+  } else {
+    panel_bytes<T, 4, false, kGroupQ4, false>(task, 0);
+  }
+}
+
+// Two tiles times many activations.
+void wide(const Job& job, int64_t tile, int rows, bool more, uint8_t* scratch) {
+  const bool q4 = job.w.format == Format::q4;
+  const int64_t steps = job.at.groups / 2;
+  const uint8_t* w[2] = {job.tile(tile), job.tile(tile + 1)};
+  Task task = {&job.at, {w[0], w[1]}, {}, nullptr, nullptr, rows, {}};
+  if (q4) {
+    const int64_t bytes = steps * 32 * kTileRows;
+    for (int i = 0; i < 2; ++i) {
+      task.row_scale[i] = reinterpret_cast<const float*>(w[i]);
+      task.tile[i] = scratch + i * bytes;
+      expand(w[i] + kTileRows * 4, steps, scratch + i * bytes);
+    }
+  }
+  const int64_t panels = (job.count + kWideTokens - 1) / kWideTokens;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t i0 = job.count * p / panels, i1 = job.count * (p + 1) / panels;
+    const char* x[kWideTokens];
+    float* out[kWideTokens];
+    for (int64_t i = i0; i < i1; ++i) {
+      x[i - i0] = job.x(i);
+      out[i - i0] = job.out + i * job.ldo + tile * kTileRows;
+    }
+    task.x = x;
+    task.out = out;
+    if (more) {
+      task.ahead =
+          part_of(w[1] + job.tile_bytes, 2 * job.tile_bytes, p, panels, job.at.groups);
+    }
+    switch (i1 - i0) {
+      case 6: wide_panel<6>(job.w.format, task); break;
+      case 5: wide_panel<5>(job.w.format, task); break;
+      case 4: wide_panel<4>(job.w.format, task); break;
+      default: wide_panel<3>(job.w.format, task); break;
+    }
+  }
+}
+
+bool use_wide(const Matrix& w, int64_t count) {
+  return count >= (w.format == Format::q4 ? kManyQ4 : kManyQ8);
+}
+
+#endif
 
 }  // namespace
 
-int64_t quant_scratch_bytes(const Matrix&, int64_t) { return 0; }
+int64_t quant_scratch_bytes([[maybe_unused]] const Matrix& w, [[maybe_unused]] int64_t count) {
+#if defined(QNEXT_ISA_avx512)
+  if (w.format == Format::q4 && use_wide(w, count)) return 2 * kTileRows * padded(w.cols);
+#endif
+  return 0;
+}
 
 void multiply_quant(const Matrix& w, const void* prepared, const int32_t* index, int64_t count,
-                    float* out, int64_t ldo, int64_t first, int64_t last, void*) {
-  const QuantRow at(w.cols, w.format == Format::q4 ? kGroupQ4 : kGroupQ8);
-  const int64_t tile_bytes = matrix_bytes(w.format, kTileRows, w.cols);
-  const char* rows = static_cast<const char*>(prepared);
-  // As many tiles as stay in the second-level cache while all activations pass.
-  int64_t strip = count > kTokens ? 256 * 1024 / tile_bytes : 1;
-  if (strip < 1) strip = 1;
+                    float* out, int64_t ldo, int64_t first, int64_t last,
+                    [[maybe_unused]] void* scratch) {
+  const Job job = {w,     QuantRow(w.cols, w.format == Format::q4 ? kGroupQ4 : kGroupQ8),
+                   static_cast<const char*>(prepared), index, count, out, ldo,
+                   matrix_bytes(w.format, kTileRows, w.cols)};
   const int64_t tiles = (last + kTileRows - 1) / kTileRows;
-  const int64_t panels = (count + kTokens - 1) / kTokens;
-  for (int64_t tile0 = first / kTileRows; tile0 < tiles; tile0 += strip) {
-    const int64_t tile1 = tile0 + strip < tiles ? tile0 + strip : tiles;
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t i0 = count * p / panels, i1 = count * (p + 1) / panels;
-      const char* x[kTokens];
-      float* to[kTokens];
-      for (int64_t i = i0; i < i1; ++i) {
-        x[i - i0] = rows + (index ? index[i] : i) * at.stride;
-      }
-      for (int64_t tile = tile0; tile < tile1; ++tile) {
-        const int64_t r = tile * kTileRows;
-        for (int64_t i = i0; i < i1; ++i) to[i - i0] = out + i * ldo + r;
-        const int64_t live = last - r < kTileRows ? last - r : kTileRows;
-        const Task task = {static_cast<const uint8_t*>(w.data) + tile * tile_bytes, &at, x, to,
-                           static_cast<int>(live)};
-        panel_of(static_cast<int>(i1 - i0), w.format, task);
-      }
+  int64_t tile = first / kTileRows;
+#if defined(QNEXT_ISA_avx512)
+  if (use_wide(w, count)) {
+    for (; tile + 2 <= tiles; tile += 2) {
+      const int64_t live = last - tile * kTileRows;
+      wide(job, tile, static_cast<int>(live < 64 ? live : 64), tile + 2 < tiles,
+           static_cast<uint8_t*>(scratch));
     }
+  }
+#endif
+  for (; tile < tiles; ++tile) {
+    const int64_t live = last - tile * kTileRows;
+    direct(job, tile, static_cast<int>(live < kTileRows ? live : kTileRows), tile + 1 < tiles);
   }
 }
 

@@ -245,12 +245,16 @@ def pending_bytes(
     """Bytes a sequence needs while it is open how many of ``tokens`` new tokens stay.
 
     With "snapshots" the recurrent state after each of them, with "replay" the inputs of the delta
-    rule instead (keys, values, decay and write strength); with both the convolution inputs.
+    rule instead (keys, values, decay and write strength), with "deferred" what it would add (keys,
+    corrections, decay) in float32; with all of them the convolution inputs.
     """
     layers = len(config.delta_layers)
     inputs = config.conv_channels * number_bytes(dtype)
     if rollback == "snapshots":
         return round(tokens * (layers * inputs + state_bytes_per_sequence(config)))
+    if rollback == "deferred":
+        added = config.delta_key_dim + config.delta_value_dim + config.linear_num_value_heads
+        return round(tokens * layers * (inputs + added * number_bytes("float32")))
     rule = (config.delta_key_dim + config.delta_value_dim) * number_bytes(dtype)
     gates = 2 * config.linear_num_value_heads * number_bytes("float32")
     return round(tokens * layers * (inputs + rule + gates))

@@ -24,6 +24,7 @@ from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
 from qnext.engine.invariance import check_path_independence
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
 from qnext.engine.runner import MtpWork, Runner, Work
@@ -38,6 +39,7 @@ from qnext.engine.worth import PrefillTime
 from qnext.errors import RequestError
 from qnext.model.cache import PAGE_SIZE, Rollback
 from qnext.model.model import CausalLM
+from qnext.model.native import NativeModel
 
 DRAIN_S = 10.0
 """Time to write the prefix cache to disk when the engine is closed."""
@@ -92,7 +94,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | NativeModel,
         *,
         max_num_seqs: int = 16,
         max_batch_tokens: int = 2048,
@@ -117,10 +119,11 @@ class Engine:
         )  # fmt: skip
         if batch_invariant:
             check_path_independence(model)
-        setting = _draft_setting(speculative_tokens, has_head=model.mtp is not None)
+        setting = _draft_setting(speculative_tokens, has_head=model.has_mtp)
         max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
         )
+        limit = DraftPolicy(setting).limit
         sizes = CacheSizes.within(
             config,
             memory_bytes=memory_bytes,
@@ -128,15 +131,20 @@ class Engine:
             max_model_len=max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
-            max_drafts=DraftPolicy(setting).limit,
-            rollback=rollback,
+            max_drafts=limit,
+            rollback="deferred" if isinstance(model, NativeModel) else rollback,
         )
-        runner = Runner(
-            model,
-            num_slots=sizes.num_slots + sizes.num_snapshots,
-            num_pages=sizes.num_pages,
-            track_mtp=setting != 0,
-            rollback=rollback,
+        slots = {
+            "num_slots": sizes.num_slots + sizes.num_snapshots,
+            "num_pages": sizes.num_pages,
+            "track_mtp": setting != 0,
+        }
+        runner = (
+            NativeRunner(
+                model, num_speculative=sizes.num_slots if limit else 0, max_drafts=limit, **slots
+            )
+            if isinstance(model, NativeModel)
+            else Runner(model, rollback=rollback, **slots)
         )
         settings = Settings(
             num_slots=sizes.num_slots,
@@ -164,7 +172,7 @@ class Engine:
                 )
             key = {
                 **(cache_key or {}), "config": config.to_dict(), "layout": runner.cache.layout,
-                "page_tokens": PAGE_SIZE, "kernels": list(model.ops.report),
+                "page_tokens": PAGE_SIZE, "kernels": list(model.kernels),
                 "torch": torch.__version__, "batch_invariant": batch_invariant,
             }  # fmt: skip
             self.attach(

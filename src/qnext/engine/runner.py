@@ -62,8 +62,7 @@ class Runner:
         track_mtp: bool,
         rollback: Rollback = "snapshots",
     ) -> None:
-        self.model = model
-        self.cache = HybridCache(
+        cache = HybridCache(
             model.config,
             num_slots=num_slots,
             num_pages=num_pages,
@@ -72,7 +71,11 @@ class Runner:
             ops=model.ops,
             rollback=rollback,
         )
-        self.track_mtp = track_mtp
+        self.model = model
+        self._set_up(cache, track_mtp=track_mtp)
+
+    def _set_up(self, cache: HybridCache, *, track_mtp: bool) -> None:
+        self.cache, self.track_mtp = cache, track_mtp
         self._works: Sequence[Work] = ()
         self._hidden: Tensor | None = None
         # Hidden rows not yet read by the MTP layer, oldest first, and its own last output.

@@ -29,7 +29,7 @@ PAGE_SIZE = 64
 LAYOUT = "torch-1"
 """Name of the order in which this cache keeps its bytes; another order has another name."""
 
-Rollback = Literal["snapshots", "replay"]
+Rollback = Literal["snapshots", "replay", "deferred"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,11 +85,16 @@ def _frequencies(rope: RopeConfig, rotary_dim: int) -> tuple[Tensor, float]:
     return frequencies, 1.0
 
 
+def rope_settings(config: ModelConfig) -> tuple[Tensor, float]:
+    """Rotation per position of each pair of dimensions, [Y / 2], and the factor of cos and sin."""
+    return _frequencies(config.rope, config.rotary_dim)
+
+
 def rotary(
     config: ModelConfig, positions: Tensor, dtype: torch.dtype, ops: Ops
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [P, Y] of the batch's positions, shared by all attention layers."""
-    frequencies, multiplier = _frequencies(config.rope, config.rotary_dim)
+    frequencies, multiplier = rope_settings(config)
     return rope_table(
         positions=positions,
         frequencies=frequencies,

@@ -79,6 +79,16 @@ class CausalLM(nn.Module):
         """Dtype of the activations and of all parameters but the float32 decay terms."""
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether there is a multi-token-prediction head."""
+        return self.mtp is not None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """One line per op: what runs, and why nothing better."""
+        return self.ops.report
+
     def run(
         self, batch: TokenBatch, view: CacheView | None = None, *, taps: Taps | None = None
     ) -> Tensor:

@@ -1,0 +1,405 @@
+"""NativeModel: the same weights, run by the native kernels in one call per step.
+
+Built from a PyTorch model (its tensors are used in place) or from packed weights. It has no
+gradients and no taps; a model that needs those is a CausalLM. What is computed is the same: norms,
+projections, mixers and experts in the order of ``model.py``, activations in float32.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qnext import native
+from qnext.config import ModelConfig
+from qnext.errors import BackendError
+from qnext.model.cache import PAGE_SIZE, HybridCache, Saved
+from qnext.model.layers import rope_settings
+from qnext.model.model import CausalLM
+
+FORMATS = {"f32": 0, "bf16": 1, "q8": 2, "q4": 3}
+_TORCH = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Packed(Protocol):
+    """A matrix in one of the packed formats, as ``qnext.weights.formats`` makes it."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def data(self) -> Tensor: ...
+
+
+class PackedStack(Protocol):
+    """Packed matrices of one shape: all experts of a layer, or the one pair of a dense part."""
+
+    @property
+    def format(self) -> str: ...
+    def matrix(self, index: int) -> Packed: ...
+
+
+Weight = Tensor | Packed | PackedStack
+
+
+def unfit(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> str | None:
+    """Why the native kernels cannot run this model here, in one sentence, or None."""
+    reason = native.unfit()
+    if reason is not None:
+        return reason
+    if torch.device(device).type != "cpu":
+        return f"the native kernels run on the CPU, not on {device}."
+    if dtype not in _TORCH:
+        return f"the native kernels hold keys and values in float32 or bfloat16, not in {dtype}."
+    if config.attention_bias:
+        return "the native kernels have no biases in attention (attention_bias is set)."
+    if config.hidden_act != "silu":
+        return f"the native kernels know hidden_act 'silu', not {config.hidden_act!r}."
+    return None
+
+
+class NativeModel:
+    """A decoder with weights in any of the native formats.
+
+    ``weights`` maps the checkpoint's tensor names to tensors or packed weights; experts may be
+    stacked under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``, and gate and up of a
+    dense part packed as one ``gate_up_proj.weight``. ``dtype`` is that of keys, values and
+    convolution windows. With ``invariant`` a token's numbers depend on the tokens before it alone,
+    not on batch, chunks, drafts or threads. Raises BackendError when ``unfit`` has a reason.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        *,
+        dtype: torch.dtype,
+        invariant: bool = False,
+    ) -> None:
+        reason = unfit(config, dtype)
+        if reason is not None:
+            raise BackendError(reason)
+        self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
+        self.invariant = invariant
+        self.has_mtp = "mtp.fc.weight" in weights
+        self._native = native.load()
+        self._weights = weights
+        self._alive: list[object] = []
+        self.decoder = self._build()
+
+    @classmethod
+    def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
+        """The native twin of a model; both read the same tensors."""
+        weights: dict[str, Weight] = dict(model.state_dict())
+        return cls(model.config, weights, dtype=model.dtype, invariant=invariant)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What runs: the instruction set, and the formats of the weights."""
+        n = self._native
+        found = sorted({_format_of(weight) for weight in self._weights.values()})
+        return f"decoder: native ({n.isa()})", f"weights: {', '.join(found)}"
+
+    # -- building --------------------------------------------------------------------------------
+
+    def _build(self) -> Any:
+        config, n = self.config, self._native
+        shape = n.Shape()
+        shape.hidden, shape.vocabulary = config.hidden_size, config.vocab_size
+        shape.query_heads, shape.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        shape.head_dim, shape.rotary = config.head_dim, config.rotary_dim
+        shape.gated_attention = config.is_hybrid
+        shape.key_heads = config.linear_num_key_heads
+        shape.value_heads = config.linear_num_value_heads
+        shape.key_dim, shape.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        shape.taps = config.linear_conv_kernel_dim
+        shape.experts_per_token = config.num_experts_per_tok if config.num_experts else 0
+        shape.rescale_top_k, shape.eps = config.norm_topk_prob, config.rms_norm_eps
+        frequencies, multiplier = rope_settings(config)
+        shape.rope_multiplier = multiplier
+        decoder = n.Decoder(shape)
+        decoder.frequencies = frequencies.float().tolist()
+        decoder.embedding = self._matrix("model.embed_tokens.weight")
+        tied = config.tie_word_embeddings
+        decoder.head = self._matrix("model.embed_tokens.weight" if tied else "lm_head.weight")
+        self._floats(decoder, "final_norm", "model.norm.weight", norm=True)
+        pages = states = 0
+        for i, kind in enumerate(config.layer_types):
+            layer = self._layer(f"model.layers.{i}.", kind, sparse=config.is_sparse(i))
+            if kind == "full_attention":
+                layer.pages_layer, pages = pages, pages + 1
+            else:
+                layer.state_layer, states = states, states + 1
+            decoder.add_layer(layer)
+        if self.has_mtp:
+            decoder.mtp_fc = self._matrix("mtp.fc.weight")
+            self._floats(decoder, "mtp_norm", "mtp.norm.weight", norm=True)
+            for name in ("embedding", "hidden"):
+                where = f"mtp.pre_fc_norm_{name}.weight"
+                self._floats(decoder, f"mtp_{name}_norm", where, norm=True)
+            layer = self._layer("mtp.layers.0.", "full_attention", sparse=config.num_experts > 0)
+            layer.pages_layer = pages
+            decoder.mtp_layer = layer
+        return decoder
+
+    def _layer(self, prefix: str, kind: str, *, sparse: bool) -> Any:
+        layer = self._native.Layer()
+        self._floats(layer, "input_norm", prefix + "input_layernorm.weight", norm=True)
+        self._floats(layer, "post_norm", prefix + "post_attention_layernorm.weight", norm=True)
+        if kind == "full_attention":
+            layer.is_attention = True
+            for name in "qkvo":
+                setattr(layer, name, self._matrix(f"{prefix}self_attn.{name}_proj.weight"))
+            for name in ("q_norm", "k_norm"):
+                self._floats(layer, name, f"{prefix}self_attn.{name}.weight", norm=True)
+        else:
+            mixer = prefix + "linear_attn."
+            layer.qkvz = self._matrix(mixer + "in_proj_qkvz.weight")
+            layer.ba = self._matrix(mixer + "in_proj_ba.weight")
+            layer.out = self._matrix(mixer + "out_proj.weight")
+            self._conv(layer, mixer + "conv1d.weight")
+            self._floats(layer, "a_log", mixer + "A_log")
+            self._floats(layer, "dt_bias", mixer + "dt_bias")
+            self._floats(layer, "gated_norm", mixer + "norm.weight")
+        mlp = prefix + "mlp."
+        if not sparse:
+            layer.shared = self._feed_forward(mlp, self.config.intermediate_size)
+            return layer
+        layer.router = self._matrix(mlp + "gate.weight")
+        for expert in self._experts(mlp + "experts."):
+            layer.add_expert(expert)
+        if self.config.shared_expert_intermediate_size:
+            width = self.config.shared_expert_intermediate_size
+            layer.shared = self._feed_forward(mlp + "shared_expert.", width)
+            layer.shared_gate = self._matrix(mlp + "shared_expert_gate.weight")
+        return layer
+
+    def _feed_forward(self, prefix: str, width: int) -> Any:
+        ff = self._native.FeedForward()
+        ff.width = width
+        if f"{prefix}gate_up_proj.weight" in self._weights:
+            ff.gate_up = self._stacked(f"{prefix}gate_up_proj.weight", 0)
+        else:
+            ff.gate = self._matrix(f"{prefix}gate_proj.weight")
+            ff.up = self._matrix(f"{prefix}up_proj.weight")
+        ff.down = self._matrix(f"{prefix}down_proj.weight")
+        return ff
+
+    def _experts(self, prefix: str) -> Iterator[Any]:
+        width = self.config.moe_intermediate_size
+        stacked = f"{prefix}gate_up_proj" in self._weights
+        for e in range(self.config.num_experts):
+            if not stacked:
+                yield self._feed_forward(f"{prefix}{e}.", width)
+                continue
+            ff = self._native.FeedForward()
+            ff.width = width
+            ff.gate_up = self._stacked(f"{prefix}gate_up_proj", e)
+            ff.down = self._stacked(f"{prefix}down_proj", e)
+            yield ff
+
+    def _stacked(self, name: str, index: int) -> Any:
+        weight = self._weights[name]
+        if isinstance(weight, Tensor):
+            return self._of_tensor(weight[index])
+        return self._of_packed(weight.matrix(index))  # type: ignore[union-attr]
+
+    def _matrix(self, name: str) -> Any:
+        weight = self._weights[name]
+        if isinstance(weight, Tensor):
+            return self._of_tensor(weight)
+        return self._of_packed(weight)  # type: ignore[arg-type]
+
+    def _of_packed(self, weight: Packed) -> Any:
+        data = weight.data.flatten()
+        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
+
+    def _of_tensor(self, weight: Tensor) -> Any:
+        weight = weight.detach()
+        if weight.dtype not in _TORCH:
+            weight = weight.float()
+        weight = weight.contiguous()
+        data = weight.view(torch.uint8)
+        self._alive.append(data)
+        rows, cols = weight.shape
+        return self._native.Matrix(FORMATS[_TORCH[weight.dtype]], rows, cols, data.flatten())
+
+    def _conv(self, layer: Any, where: str) -> None:
+        weight = self._weights[where]
+        assert isinstance(weight, Tensor), where
+        taps_first = weight.detach().float().squeeze(1).t().contiguous()
+        self._alive.append(taps_first)
+        layer.set_floats("conv", taps_first.flatten())
+
+    def _floats(self, owner: Any, name: str, where: str, *, norm: bool = False) -> None:
+        weight = self._weights[where]
+        assert isinstance(weight, Tensor), where
+        values = weight.detach().float()
+        if norm and self.config.is_hybrid:
+            values = 1.0 + values
+        values = values.flatten().contiguous()
+        self._alive.append(values)
+        owner.set_floats(name, values)
+
+
+def _format_of(weight: Weight) -> str:
+    return _TORCH.get(weight.dtype, "f32") if isinstance(weight, Tensor) else weight.format
+
+
+class Piece(NamedTuple):
+    """New tokens of one sequence in a step."""
+
+    slot: int
+    tokens: int
+    before: int
+    """Position of the first one."""
+    speculative: bool
+
+
+class DeferredCache(HybridCache):
+    """A HybridCache whose rejected tokens cost nothing: accepted ones are applied one step later.
+
+    A speculative step leaves the state as it was and notes what each token would have done to it.
+    ``keep`` counts the accepted ones; the next step applies them while it reads the state anyway,
+    with the arithmetic stepping would have used. Whoever copies a state applies them first.
+
+    ``num_pending`` sequences may have undecided tokens at once, ``most_pending`` each. pending
+    [delta layers, num_pending, most, U K + W M + W] float32: normalised key, correction, decay;
+    pending_window [delta layers, num_pending, most, ch]: the convolution's inputs.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        num_slots: int,
+        num_pages: int,
+        num_pending: int = 0,
+        most_pending: int = 0,
+    ) -> None:
+        config = model.config
+        super().__init__(config, num_slots=num_slots, num_pages=num_pages, dtype=model.dtype)
+        self.model, self.most_pending = model, most_pending
+        size = (len(config.delta_layers), num_pending, most_pending)
+        per_token = config.delta_key_dim + config.delta_value_dim + config.linear_num_value_heads
+        self.pending = torch.zeros(*size, per_token)
+        self.pending_window = torch.zeros(*size, config.conv_channels, dtype=model.dtype)
+        self.kept = [0] * num_slots
+        """By slot: pending tokens that were accepted and are not in the state yet."""
+        self.pending_row: dict[int, int] = {}
+        """By slot: where its pending tokens are."""
+        self._free_rows = list(range(num_pending - 1, -1, -1))
+        self._open_pieces: tuple[Piece, ...] | None = None
+        self._hidden: Tensor | None = None
+        model.decoder.set_cache(
+            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
+            self.recurrent, self.conv.view(torch.uint8), num_slots, num_pending, most_pending,
+            self.pending, self.pending_window.view(torch.uint8),
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        pending = (self.pending, self.pending_window)
+        return super().nbytes + sum(x.numel() * x.element_size() for x in pending)
+
+    def open(self) -> int:
+        """Take a slot for a new, empty sequence; the state of its former owner is cleared."""
+        slot = super().open()
+        self.kept[slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Give a slot back."""
+        super().close(slot)
+        if slot in self.pending_row:
+            self._free_rows.append(self.pending_row.pop(slot))
+
+    def settle(self, slot: int) -> None:
+        """Apply the accepted tokens of a slot to its state now."""
+        if self.kept[slot]:
+            self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
+            self.kept[slot] = 0
+
+    def slot_bytes(self, slot: int) -> bytes:
+        """State, convolution window and last hidden row of one slot, copied out."""
+        self.settle(slot)
+        return super().slot_bytes(slot)
+
+    def load_slot(self, slot: int, length: int, data: bytes) -> None:
+        """Put the bytes of ``slot_bytes`` of a sequence of ``length`` tokens into a slot."""
+        super().load_slot(slot, length, data)
+        self.kept[slot] = 0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy state and length of one slot to another; both belong to the same prefix now."""
+        self.settle(source)
+        super().copy_slot(source, target)
+        self.kept[target] = 0
+
+    def save(self, slot: int) -> Saved:
+        """Copy the state of a sequence out of the cache; its pages stay its own."""
+        self.settle(slot)
+        return super().save(slot)
+
+    def load(self, slot: int, saved: Saved) -> None:
+        """Put a saved state into a slot; pages with its first ``length`` tokens must be mapped."""
+        super().load(slot, saved)
+        self.kept[slot] = 0
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def begin(self, pieces: Sequence[Piece]) -> None:
+        """Note what the coming step of the decoder runs; ``keep`` ends it."""
+        assert self._open_pieces is None, "keep() of the previous step has not been called"
+        for piece in pieces:
+            assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
+            if piece.speculative and self.pending.shape[0]:
+                assert piece.tokens <= self.most_pending, (piece, self.most_pending)
+                if piece.slot not in self.pending_row:
+                    self.pending_row[piece.slot] = self._free_rows.pop()
+        self._open_pieces = tuple(pieces)
+
+    def remember(self, hidden: Tensor, captures: Sequence[tuple[int, int, int]]) -> None:
+        """Note the hidden rows [P, D] of the step; the decoder has filled the captured slots.
+
+        ``captures`` are (sequence, count, slot).
+        """
+        assert self._open_pieces is not None
+        self._hidden = hidden
+        starts = [0, *accumulate(piece.tokens for piece in self._open_pieces)]
+        for piece in self._open_pieces:
+            self.kept[piece.slot] = 0
+        for sequence, count, slot in captures:
+            self.last_hidden[slot] = hidden[starts[sequence] + count - 1]
+            self._lengths[slot] = self._open_pieces[sequence].before + count
+            self.kept[slot] = 0
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        """Make the first ``counts[b]`` tokens of the last step permanent, forget the rest."""
+        pieces, self._open_pieces = self._open_pieces, None
+        assert pieces is not None, "keep() without a step"
+        assert self._hidden is not None
+        kept = tuple(piece.tokens for piece in pieces) if counts is None else tuple(counts)
+        row, rows, slots = 0, [], []
+        for piece, count in zip(pieces, kept, strict=True):
+            assert 0 <= count <= piece.tokens, (count, piece)
+            assert piece.speculative or count == piece.tokens, (
+                "tokens can only be dropped from a speculative sequence"
+            )
+            if piece.slot in self.pending_row and piece.speculative:
+                self.kept[piece.slot] = count
+            self._lengths[piece.slot] = piece.before + count
+            if count:
+                rows.append(row + count - 1)
+                slots.append(piece.slot)
+            row += piece.tokens
+        self.last_hidden[slots] = self._hidden[rows].to(self.last_hidden.dtype)
+        self._hidden = None

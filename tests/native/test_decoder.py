@@ -1,0 +1,162 @@
+"""The native decoder and the PyTorch model, driven by the same script, give the same numbers.
+
+Both stand behind a runner, so every step an engine can ask for is asked of both: prompts in pieces,
+mixed batches, captured states, drafts that are kept in part, resumed sequences, MTP rows.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.model.parity import CASES, build
+
+from qnext.engine.native_runner import NativeRunner
+from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.model.model import CausalLM
+from qnext.model.native import NativeModel
+
+BOUND = 2e-4
+CHOSEN = [
+    case
+    for case in CASES
+    if not case.raw.get("attention_bias") and case.raw.get("dtype", "float32") == "float32"
+]
+
+
+class Twins:
+    """Two runners that get every call."""
+
+    def __init__(self, model: CausalLM, seed: int) -> None:
+        self.random, self.model = random.Random(seed), model
+        sizes = {"num_slots": 6, "num_pages": 24, "track_mtp": model.mtp is not None}
+        self.runners = (
+            Runner(model, **sizes),
+            NativeRunner(NativeModel.from_model(model), num_speculative=3, max_drafts=4, **sizes),
+        )
+        self.worst = 0.0
+
+    def both(self, name: str, *args):
+        want, got = (getattr(runner, name)(*args) for runner in self.runners)
+        if isinstance(want, torch.Tensor):
+            self.compare(name, got, want)
+        else:
+            assert got == want, (name, got, want)
+        return want
+
+    def compare(self, what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        assert got.shape == want.shape, (what, got.shape, want.shape)
+        gap = (got.float() - want.float()).abs().max().item() if want.numel() else 0.0
+        assert gap < BOUND, f"{what}: differs by {gap:.2e}"
+        self.worst = max(self.worst, gap)
+
+    def compare_states(self) -> None:
+        ours, theirs = self.runners[0].cache, self.runners[1].cache
+        for slot in range(theirs.num_slots):
+            theirs.settle(slot)
+            assert ours.length(slot) == theirs.length(slot)
+        self.compare("recurrent", theirs.recurrent, ours.recurrent)
+        self.compare("conv", theirs.conv, ours.conv)
+        self.compare("kv", theirs.kv, ours.kv)
+        self.compare("last_hidden", theirs.last_hidden, ours.last_hidden)
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(self.model.config.vocab_size) for _ in range(count)]
+
+
+def _run(twins: Twins, prompts: list[int]) -> None:
+    has_mtp = twins.model.mtp is not None
+    slots = [twins.both("open") for _ in prompts]
+    pages = [list(range(4 * b, 4 * b + 4)) for b in range(len(prompts))]
+    texts = [twins.tokens(n) for n in prompts]
+    done = [0] * len(prompts)
+    captured = None
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
+        works = []
+        for b, text in enumerate(texts):
+            left = len(text) - done[b]
+            if not left:
+                continue
+            count = min(left, twins.random.choice([1, 2, 5, 16, 17, 40, 64, 90]))
+            captures = ()
+            if captured is None and count > 3 and b == 0:
+                captured = (twins.both("open"), done[b] + 2)
+                captures = ((2, captured[0]),)
+            works.append(
+                Work(
+                    slot=slots[b], pages=pages[b], start=done[b],
+                    ids=text[done[b] : done[b] + count], rows=(0, count - 1), captures=captures,
+                )
+            )  # fmt: skip
+            done[b] += count
+        twins.both("forward", works)
+        twins.both("keep", [len(work.ids) for work in works])
+    twins.compare_states()
+    if has_mtp:
+        _draft(twins, slots, pages, texts)
+    for _ in range(4):
+        # One plain sequence, the others speculative and kept in part.
+        works, counts = [], []
+        for b, text in enumerate(texts):
+            size = 1 if b == 0 else twins.random.randint(1, 5)
+            text += twins.tokens(size)
+            works.append(
+                Work(
+                    slot=slots[b], pages=pages[b], start=len(text) - size, ids=text[-size:],
+                    rows=tuple(range(size)), speculative=b > 0,
+                )
+            )  # fmt: skip
+            counts.append(1 if b == 0 else twins.random.randint(1, size))
+        twins.both("forward", works)
+        twins.both("keep", counts)
+        for b, (work, count) in enumerate(zip(works, counts, strict=True)):
+            del texts[b][len(texts[b]) - len(work.ids) + count :]
+    twins.compare_states()
+    if captured is not None:
+        slot, length = captured
+        again = twins.both("resume", slot)
+        twins.both("copy_page", pages[0][0], 20)
+        work = Work(slot=again, pages=[20], start=length, ids=texts[0][length : length + 3],
+                    rows=(0, 1, 2))  # fmt: skip
+        twins.both("forward", [work])
+        twins.both("keep", [3])
+
+
+def _draft(twins: Twins, slots: list[int], pages: list[list[int]], texts: list[list[int]]) -> None:
+    """The MTP layer reads each prompt, then drafts twice."""
+    works = []
+    for slot, table, text in zip(slots, pages, texts, strict=True):
+        backlog = twins.both("backlog", slot)
+        ids = [*text[len(text) - backlog + 1 :], twins.tokens(1)[0]]
+        works.append(MtpWork(slot=slot, pages=table, start=len(text) - backlog + 1, ids=ids,
+                             first=len(text) - backlog + 1))  # fmt: skip
+    twins.both("fill", works)
+    for depth in (1, 2):
+        works = [
+            replace(work, start=len(text) + depth, ids=twins.tokens(1))
+            for work, text in zip(works, texts, strict=True)
+        ]
+        twins.both("draft", works)
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=[case.name for case in CHOSEN])
+def test_every_step_equals_the_pytorch_model(kernels, case):
+    model = build(case).ours
+    assert isinstance(model, CausalLM)
+    _run(Twins(model, seed=1), [case.tokens, 70, 5])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_bit(kernels, tiny_model, threads):
+    results = []
+    for count in (1, threads):
+        kernels.set_threads(count)
+        runner = NativeRunner(
+            NativeModel.from_model(tiny_model), num_slots=2, num_pages=8, track_mtp=False
+        )
+        slot = runner.open()
+        ids = [(7 * i) % 512 for i in range(90)]
+        results.append(
+            runner.forward([Work(slot=slot, pages=[0, 1], start=0, ids=ids, rows=range(90))])
+        )
+    assert torch.equal(results[0], results[1])
