@@ -30,8 +30,8 @@ CacheType cache_type(const Cache& cache) {
   return CacheType::bf16;
 }
 
-void attention(Array<const float> q, Floats k, Array<const float> v, Weight q_norm, Weight k_norm, float eps,
-               Array<const float> cos, Array<const float> sin, float scale, Cache cache,
+void attention(Array<const float> q, Floats k, Array<const float> v, Weight q_norm, Weight k_norm,
+               float eps, Array<const float> cos, Array<const float> sin, float scale, Cache cache,
                int64_t layer, Table page_table, Integers rows, Integers tokens, Integers before,
                Integers first, bool gated, Floats out) {
   AttentionJob job;

@@ -130,7 +130,9 @@ struct Plan {
   bool merged = false;       // whether a second phase merges pieces
 
   Plan(const AttentionJob& job, const Layout& layout, int threads) {
-    for (int64_t b = 0; b < job.count; ++b) total += job.kv_heads * Share(layout, job.sequences[b]).cost(layout);
+    for (int64_t b = 0; b < job.count; ++b) {
+      total += job.kv_heads * Share(layout, job.sequences[b]).cost(layout);
+    }
     for (int64_t b = 0; b < job.count; ++b) {
       const AttentionSequence& s = job.sequences[b];
       const Share share(layout, s);
