@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext import __version__
+from qnext import __version__, native
 from qnext.errors import CheckpointError, DataError
 from qnext.model.batch import TokenBatch
 from qnext.model.model import CausalLM
@@ -61,12 +61,14 @@ def quantize_with_certificate(
     Raises CheckpointError and DataError.
     """
     reader = SourceReader(source)
+    if native.unfit() is None:
+        native.load().set_threads(os.cpu_count() or 1)
     runs = _fits(reader) if forward is None else forward
-    rows, described = _rows(reader, text)
+    rows, described = read_rows(reader, text)
     importance: Mapping[str, Tensor] = {}
     calibrated = None
     if calibration is not None:
-        rows_seen, calibrated = _rows(reader, calibration, most=_CALIBRATION_TOKENS)
+        rows_seen, calibrated = read_rows(reader, calibration, most=_CALIBRATION_TOKENS)
         model = load_model(reader.folder, dtype="float32")
         importance = calibrate(model, rows_seen)
         del model
@@ -104,7 +106,9 @@ def _certify(
         "weights": weight_errors(reader, packed),
     }
     if runs:
-        found["forward"] = compare(reader.folder, packed, rows)
+        found["forward"] = compare(
+            reader.folder, lambda model: unpack_into_model(model, packed), rows
+        )
     else:
         need = _forward_bytes(reader)
         found["forward"] = None
@@ -119,13 +123,15 @@ def _certify(
 
 
 @torch.no_grad()
-def compare(source: Path, packed: PackedModel, rows: Sequence[Tensor]) -> dict[str, Any]:
-    """Run the source over rows of token ids, then the packed weights; one model is in memory."""
+def compare(
+    source: Path, change: Callable[[CausalLM], None], rows: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Run a model in float32 over rows of token ids, before and after ``change`` altered it."""
     model = load_model(source, dtype="float32")
     most = max(2, KEPT_LOGITS // model.config.vocab_size)
     rows = list(_at_most(rows, most))
     kept = [_forward(model, row) for row in rows]
-    unpack_into_model(model, packed)
+    change(model)
     divergence: list[Tensor] = []
     same = total = 0
     nats = [0.0, 0.0]
@@ -248,7 +254,7 @@ def _pairs(
 # -- texts ---------------------------------------------------------------------------------------
 
 
-def _rows(
+def read_rows(
     reader: SourceReader, text: str | os.PathLike[str] | None, *, most: int | None = None
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """A text file as rows of ids, and what to say of it; random ids without a tokenizer."""
