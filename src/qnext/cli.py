@@ -360,7 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=("bfloat16", "float16", "float32", "fp8"),
+        choices=("bfloat16", "float16", "float32", "fp8", "int8", "int4"),
         help="dtype the bytes are counted for (default: %(default)s)",
     )
     one.add_argument("--json", action="store_true", help="print one JSON object")

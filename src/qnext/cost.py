@@ -10,9 +10,12 @@ from math import prod
 
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError
+from qnext.quantization import Bits, format_of, matrix_bytes
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 """Bytes of one number. ``fp8`` is not here: it keeps part of the weights in bfloat16."""
+PACKED = {"int8": Bits.all(8), "int4": Bits.all(4)}
+"""Names of weights packed alike in every part; a ``Bits`` says it for each part."""
 FP8_BLOCK = 128
 """Rows and columns that share one scale in the published FP8 checkpoints."""
 CHUNK = 64
@@ -34,14 +37,27 @@ class Weight:
     """Whether it enters a matrix product; norms, decay terms and convolutions do not."""
     has_fp8: bool = False
     """Whether the published FP8 checkpoints store it in FP8."""
+    part: str | None = None
+    """The field of ``Bits`` that decides how it is packed; None: it never is."""
 
     @property
     def size(self) -> int:
         """Numbers in one of the tensors."""
         return prod(self.shape)
 
-    def nbytes(self, dtype: str) -> float:
-        """Bytes of one of the tensors in a checkpoint of this dtype, scales included."""
+    def nbytes(self, dtype: str | Bits) -> float:
+        """Bytes of one of the tensors in a checkpoint of this dtype, scales and padding included.
+
+        Stacks of packed experts are padded to 4,096 bytes besides, which is not counted: at the
+        published sizes it is nothing.
+        """
+        bits = dtype if isinstance(dtype, Bits) else PACKED.get(dtype)
+        if bits is not None:
+            format = None if self.part is None else format_of(getattr(bits, self.part))
+            if format is None:
+                return self.size * number_bytes("bfloat16")
+            return matrix_bytes(format, self.shape[0], self.shape[1])
+        assert isinstance(dtype, str)
         if dtype != "fp8":
             return self.size * number_bytes(dtype)
         if not self.has_fp8:
@@ -87,9 +103,11 @@ def number_bytes(dtype: str) -> float:
     return BYTES[dtype]
 
 
-def cache_dtype(dtype: str) -> str:
-    """Dtype of keys and values beside weights of this dtype: ``fp8`` weights keep bfloat16."""
-    return "bfloat16" if dtype == "fp8" else dtype
+def cache_dtype(dtype: str | Bits) -> str:
+    """Dtype of keys and values beside such weights: fp8 and packed ones keep bfloat16."""
+    if isinstance(dtype, Bits) or dtype == "fp8" or dtype in PACKED:
+        return "bfloat16"
+    return dtype
 
 
 # -- parameters --------------------------------------------------------------------------------
@@ -99,9 +117,20 @@ def inventory(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, equal shapes grouped."""
     D, V = config.hidden_size, config.vocab_size
     weights = [
-        Weight(component="embedding", shape=(V, D), used=0, is_matrix=False),
+        Weight(
+            component="embedding",
+            shape=(V, D),
+            used=0,
+            is_matrix=False,
+            part="head" if config.tie_word_embeddings else "embedding",
+        ),
         # A tied head is stored as the embedding and still multiplies every token.
-        Weight(component="lm_head", shape=(V, D), stored=0 if config.tie_word_embeddings else 1),
+        Weight(
+            component="lm_head",
+            shape=(V, D),
+            stored=0 if config.tie_word_embeddings else 1,
+            part="head",
+        ),
         Weight(component="norms", shape=(D,), is_matrix=False),
     ]
     for i, kind in enumerate(config.layer_types):
@@ -187,8 +216,10 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 # -- bytes -------------------------------------------------------------------------------------
 
 
-def weight_bytes(config: ModelConfig, dtype: str = "bfloat16", *, mtp: bool = True) -> int:
-    """Bytes of a checkpoint in this dtype: ``float32``, ``bfloat16``, ``float16`` or ``fp8``.
+def weight_bytes(config: ModelConfig, dtype: str | Bits = "bfloat16", *, mtp: bool = True) -> int:
+    """Bytes of a checkpoint in this dtype: float32, bfloat16, float16, fp8, or packed.
+
+    Packed ones (``int8``, ``int4`` or the ``Bits`` of every part) keep the rest in bfloat16.
 
     ``fp8`` is the published layout: the large matrices in 8 bits with one float32 scale for each
     128 by 128 block, the rest in bfloat16.
@@ -282,7 +313,9 @@ class DecodeBytes:
         return self.weights + self.kv + self.state
 
 
-def decode_bytes(config: ModelConfig, dtype: str = "bfloat16", *, context: int) -> DecodeBytes:
+def decode_bytes(
+    config: ModelConfig, dtype: str | Bits = "bfloat16", *, context: int
+) -> DecodeBytes:
     """Memory traffic of one decoded token."""
     weights = sum(w.used * w.nbytes(dtype) for w in _main(config))
     cache = cache_dtype(dtype)
@@ -308,9 +341,9 @@ def _delta(config: ModelConfig) -> list[Weight]:
     projected = 2 * config.delta_key_dim + 2 * values
     taps = (config.conv_channels, config.linear_conv_kernel_dim)
     return [
-        Weight(component=name, shape=(projected, D), has_fp8=True),
+        Weight(component=name, shape=(projected, D), has_fp8=True, part="attention"),
         Weight(component=name, shape=(2 * heads, D)),
-        Weight(component=name, shape=(D, values), has_fp8=True),
+        Weight(component=name, shape=(D, values), has_fp8=True, part="attention"),
         Weight(component=name, shape=taps, is_matrix=False),
         Weight(component=name, shape=(heads,), stored=2, used=2, is_matrix=False),
         Weight(component=name, shape=(config.linear_value_head_dim,), is_matrix=False),
@@ -321,10 +354,11 @@ def _attention(config: ModelConfig, name: str) -> list[Weight]:
     D, H = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
     projected = 2 * queries if config.is_hybrid else queries
+    part = MTP if name == MTP else "attention"
     weights = [
-        Weight(component=name, shape=(projected, D), has_fp8=True),
-        Weight(component=name, shape=(keys, D), stored=2, used=2, has_fp8=True),
-        Weight(component=name, shape=(D, queries), has_fp8=True),
+        Weight(component=name, shape=(projected, D), has_fp8=True, part=part),
+        Weight(component=name, shape=(keys, D), stored=2, used=2, has_fp8=True, part=part),
+        Weight(component=name, shape=(D, queries), has_fp8=True, part=part),
         Weight(component=name, shape=(H,), stored=2, used=2, is_matrix=False),
     ]
     if config.attention_bias:
@@ -340,13 +374,19 @@ def _feed_forward(config: ModelConfig, *, sparse: bool, mtp: bool = False) -> li
         return MTP if mtp else component
 
     def mlp(component: str, width: int, stored: int, used: int) -> list[Weight]:
+        routed = "experts" if component == "routed_experts" else "shared"
+        part = MTP if mtp else routed
+        into, back = (width, D), (D, width)
         kind = name(component)
         return [
             Weight(
-                component=kind, shape=(width, D), stored=2 * stored, used=2 * used, has_fp8=True
+                component=kind, shape=into, stored=2 * stored, used=2 * used, has_fp8=True,
+                part=part,
             ),
-            Weight(component=kind, shape=(D, width), stored=stored, used=used, has_fp8=True),
-        ]
+            Weight(
+                component=kind, shape=back, stored=stored, used=used, has_fp8=True, part=part
+            ),
+        ]  # fmt: skip
 
     if not sparse:
         return mlp("dense_mlps", config.intermediate_size, 1, 1)
@@ -366,7 +406,7 @@ def _feed_forward(config: ModelConfig, *, sparse: bool, mtp: bool = False) -> li
 def _mtp(config: ModelConfig) -> list[Weight]:
     D = config.hidden_size
     return [
-        Weight(component=MTP, shape=(D, 2 * D)),
+        Weight(component=MTP, shape=(D, 2 * D), part=MTP),
         *_attention(config, MTP),
         *_feed_forward(config, sparse=config.num_experts > 0, mtp=True),
         Weight(component=MTP, shape=(D,), stored=5, used=5, is_matrix=False),
