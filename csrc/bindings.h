@@ -29,5 +29,6 @@ void bind_moe(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_probe(nb::module_& m);
+void bind_round(nb::module_& m);
 
 }  // namespace qnext

@@ -1,5 +1,6 @@
 // Gated DeltaNet between its projections: convolution, SiLU, L2 norms, gates, the recurrence and
-// the gated norm, for a ragged batch of sequences. Plain form: src/qnext/ops/{conv,gated_delta,norm}.
+// the gated norm, for a ragged batch of sequences. The plain form is in src/qnext/ops: conv,
+// gated_delta and norm.
 //
 // A work item is one key head of one sequence: all its tokens, no barrier inside. Letters are those
 // of docs/notation.md: U key heads, W value heads, r = W / U, K and M their widths, J taps,

@@ -52,4 +52,5 @@ NB_MODULE(_native, m) {
   bind_decoder(m);
   bind_linear(m);
   bind_probe(m);
+  bind_round(m);
 }

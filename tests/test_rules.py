@@ -25,12 +25,15 @@ MAY_IMPORT = {
     "text": {"errors"},
     "engine": {"model", "ops", "native", "config", "cost", "errors"},
     "answers": {"engine", "text"},
-    "llm": {"answers", "engine", "model", "ops", "text", "weights", "config", "errors"},
-    "serve": {"engine", "text", "weights", "llm", "errors"},
+    "llm": {"answers", "engine", "model", "native", "text", "weights", "config", "errors"},
+    "serve": {"engine", "text", "weights", "llm", "cost", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "cache_command", "bench", "errors"},
+            "doctor", "info", "terminal_chat", "cache_command", "quantization", "certificate",
+            "bench", "errors"},
     "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
     "cache_command": {"engine", "errors"},
+    "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
+                    "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
     "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
@@ -38,7 +41,7 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "bench"},
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate", "bench"},
     "transformers": {"bench"},
     "gguf": {"bench"},
     "llama_cpp": {"bench"},

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from docs/results/*.json.
+"""Writes the measured tables of README.md and docs/formats.md from docs/results/*.json.
 
     python -m tools.tables            rewrite the tables
     python -m tools.tables --check    exit 1 when a table is stale
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md",)
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "formats.md")
 BLOCK = re.compile(r"(<!-- table:([a-z_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

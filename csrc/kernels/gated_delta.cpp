@@ -117,7 +117,7 @@ void copy(const float* from, int64_t count, float* to) {
   memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
 }
 
-// -- convolution inputs in the window type ---------------------------------------------------------
+// -- convolution inputs in the window type -----------------------------------------------------
 
 void round_row(const float* from, int64_t count, float* to) {
   int64_t i = 0;
@@ -162,8 +162,8 @@ void write_window(const Item& item, const Scratch& x, void* window) {
   }
 }
 
-// The item's taps side by side: in the checkpoint's order they lie a power of two apart and push each
-// other out of L1.
+// The item's taps side by side: in the checkpoint's order they lie a power of two apart and push
+// each other out of L1.
 void read_weight(const Item& item, const Scratch& x) {
   const int64_t channels = delta_channels(item.layer.shape);
   for (int64_t j = 0; j < item.layer.shape.taps; ++j) {
@@ -188,7 +188,7 @@ void read_history(const Item& item, const Scratch& x) {
   }
 }
 
-// -- a block of tokens -------------------------------------------------------------------------------
+// -- a block of tokens --------------------------------------------------------------------------
 
 // Sum over taps and SiLU of `count` channels of one token from channel `first` of the item on;
 // window[j] is the input j - (J-1) tokens away. kTaps is J where it is known, else 0. Returns the
@@ -330,7 +330,7 @@ void gated_norm(const Item& item, const DeltaBlock& block, int64_t done) {
   }
 }
 
-// -- a whole item --------------------------------------------------------------------------------------
+// -- a whole item -------------------------------------------------------------------------------
 
 // The inputs of the block become history.
 void advance(const Item& item, Scratch& x) {

@@ -1,4 +1,5 @@
-// The gated delta rule for up to 64 tokens at once (chunked form: Yang et al. 2024, arXiv 2412.06464).
+// The gated delta rule for up to 64 tokens at once (chunked form: Yang et al. 2024, arXiv
+// 2412.06464).
 //
 // With G the running sum of g inside the chunk and S the state before it, the corrections D of all
 // tokens solve a triangular system whose right side needs S only through K S:
@@ -210,7 +211,7 @@ void down(const Part& part, int64_t rows, int64_t c, int tail) {
   }
 }
 
-// All rows of a panel of V vectors of columns before the next panel: what is multiplied stays in L1.
+// All rows of a panel of V vectors of columns, then the next panel: what is multiplied stays in L1.
 template <int V, class Part>
 void cover(const Part& part, int64_t rows, int64_t columns) {
   int64_t c = 0;

@@ -10,13 +10,16 @@
 namespace qnext::QNEXT_ISA {
 namespace {
 
-// Vectors of columns swept together: enough chains of additions to hide their latency, and as many
-// of a row of the state as the registers allow, because memory is read fastest in order.
+// Vectors of columns swept together: enough chains of additions to hide their latency, and as much
+// of a row of the state as the registers allow.
 #if defined(QNEXT_ISA_avx512)
 constexpr int kVectors = 8;
 #else
 constexpr int kVectors = 4;
 #endif
+
+constexpr int64_t kAhead = 16;  // rows: far enough to hide memory, near enough to stay in L1
+constexpr int kLine = 16;       // floats
 
 // Sums over the rows of a block of columns.
 template <int V>
@@ -40,8 +43,8 @@ inline void store(Vec v, float* p, int j, int tail) {
 
 // One sweep over K rows of V vectors of columns from c on; the last vector has `tail` columns where
 // kTail. `count` updates, one after another, give dst = alpha src + k d^T (without any, nothing is
-// written). kRead: sums of k_next^T and q_next^T times the new state.
-template <int V, bool kTail, bool kRead>
+// written). kRead: sums of k_next^T and q_next^T times the new state. kFar: src is still in memory.
+template <int V, bool kTail, bool kRead, bool kFar>
 void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64_t dst_stride,
            int64_t c, int tail, const DeltaUpdate* updates, int64_t count, const float* k_next,
            const float* q_next, Sums<V>* sums) {
@@ -49,6 +52,11 @@ void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64
   for (int j = 0; j < V; ++j) ks[j] = qs[j] = Vec::zero();
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = src + i * src_stride;
+    if (kFar && c == 0 && i + kAhead < rows) {
+      // Whole rows, for the columns to come as well: memory is read fastest in order.
+      const float* ahead = from + kAhead * src_stride;
+      for (int64_t j = 0; j < src_stride; j += kLine) __builtin_prefetch(ahead + j);
+    }
     Vec s[V];
     for (int j = 0; j < V; ++j) s[j] = load<V, kTail>(from, j, tail);
     for (int64_t n = 0; n < count; ++n) {
@@ -101,10 +109,11 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
   float* base = state + c;
   Sums<V> sums;
   if (T == 0) {
-    sweep<V, kTail, false>(K, base, M, base, M, c, tail, updates, kept, nullptr, nullptr, &sums);
+    sweep<V, kTail, false, true>(K, base, M, base, M, c, tail, updates, kept, nullptr, nullptr,
+                                 &sums);
     return;
   }
-  sweep<V, kTail, true>(K, base, M, base, M, c, tail, updates, kept, block.k, block.q, &sums);
+  sweep<V, kTail, true, true>(K, base, M, base, M, c, tail, updates, kept, block.k, block.q, &sums);
   finish<V, kTail>(block, w, 0, sums, c, tail);
   // Apply token t, read with the next one. Nobody reads the state after the last token of a
   // speculative block.
@@ -116,12 +125,12 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
     const int64_t at = w * kDeltaChunk + t, next = t + 1;
     const DeltaUpdate update = {block.k + t * K, block.d + at * M, block.alpha[at]};
     if (next < T) {
-      sweep<V, kTail, true>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
-                            block.k + next * K, block.q + next * K, &sums);
+      sweep<V, kTail, true, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
+                                   block.k + next * K, block.q + next * K, &sums);
       finish<V, kTail>(block, w, next, sums, c, tail);
     } else if (!speculative) {
-      sweep<V, kTail, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1, nullptr,
-                             nullptr, &sums);
+      sweep<V, kTail, false, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
+                                    nullptr, nullptr, &sums);
     }
     src = dst;
     src_stride = dst_stride;

@@ -44,6 +44,18 @@ float total(Sum s) {
   x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0x4e));
   return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0xb1)));
 }
+// Four totals at once, of the same additions.
+void totals(Sum a, Sum b, Sum c, Sum d, float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44),
+                                  _mm512_shuffle_f32x4(a.v, b.v, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44),
+                                  _mm512_shuffle_f32x4(c.v, d.v, 0xee));
+  __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88),
+                           _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0x4e));
+  x = _mm512_add_ps(x, _mm512_shuffle_ps(x, x, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)));
+}
 constexpr int kRows = 4, kTokens = 6;
 
 #elif defined(QNEXT_ISA_avx2) || defined(QNEXT_ISA_avx2vnni)
@@ -76,6 +88,12 @@ struct Bf16 {
 
 using Sum = Vec;
 float total(Sum s) { return s.sum(); }
+void totals(Sum a, Sum b, Sum c, Sum d, float* out) {
+  out[0] = total(a);
+  out[1] = total(b);
+  out[2] = total(c);
+  out[3] = total(d);
+}
 constexpr int kRows = 4, kTokens = 2;
 
 #else
@@ -125,10 +143,17 @@ constexpr int kRows = 2, kTokens = 2;
 
 #endif
 
-// A few rows of W times a few rows of x.
+// What to ask for while other work goes on: `lines` lines per step along the columns.
+struct Ahead {
+  const char* at = nullptr;
+  int lines = 0;
+};
+
+// A few rows of W times a few rows of x. What comes next in memory is asked for in one stream: the
+// rows themselves are too many and too short for the processor to foresee.
 template <class K, int R, int T>
 void corner(const typename K::Weight* w, int64_t cols, const typename K::Input* const* x,
-            float* const* out, int64_t r) {
+            float* const* out, int64_t r, Ahead ahead) {
   Sum sum[R][T];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -137,9 +162,23 @@ void corner(const typename K::Weight* w, int64_t cols, const typename K::Input* 
   }
   const typename K::Input* in[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) in[t] = x[t];
+  for (int t = 0; t < T; ++t) {
+    in[t] = x[t];
+    __builtin_prefetch(out[t] + r, 1, 3);
+  }
   int64_t k = 0;
   for (; k + K::step <= cols; k += K::step) {
+    if (T > 1 && ahead.lines > 0) {
+      if (ahead.lines > 3) {
+        // The rows that follow at once: into the first-level cache.
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.at + i * 64, 0, 3);
+      } else {
+        __builtin_prefetch(ahead.at, 0, 2);
+        if (ahead.lines > 1) __builtin_prefetch(ahead.at + 64, 0, 2);
+      }
+      ahead.at += ahead.lines * 64;
+    }
     typename K::Part parts[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) parts[i] = K::load(w + i * cols + k);
@@ -159,22 +198,26 @@ void corner(const typename K::Weight* w, int64_t cols, const typename K::Input* 
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
+    if constexpr (R == 4) {
+      totals(sum[0][t], sum[1][t], sum[2][t], sum[3][t], out[t] + r);
+    } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) out[t][r + i] = total(sum[i][t]);
+      for (int i = 0; i < R; ++i) out[t][r + i] = total(sum[i][t]);
+    }
   }
 }
 
 template <class K, int R>
 void corner_of(int tokens, const typename K::Weight* w, int64_t cols,
-               const typename K::Input* const* x, float* const* out, int64_t r) {
+               const typename K::Input* const* x, float* const* out, int64_t r, Ahead ahead) {
   if constexpr (kTokens > 2) {
-    if (tokens == 6) return corner<K, R, 6>(w, cols, x, out, r);
-    if (tokens == 5) return corner<K, R, 5>(w, cols, x, out, r);
-    if (tokens == 4) return corner<K, R, 4>(w, cols, x, out, r);
-    if (tokens == 3) return corner<K, R, 3>(w, cols, x, out, r);
+    if (tokens == 6) return corner<K, R, 6>(w, cols, x, out, r, ahead);
+    if (tokens == 5) return corner<K, R, 5>(w, cols, x, out, r, ahead);
+    if (tokens == 4) return corner<K, R, 4>(w, cols, x, out, r, ahead);
+    if (tokens == 3) return corner<K, R, 3>(w, cols, x, out, r, ahead);
   }
-  if (tokens == 2) return corner<K, R, 2>(w, cols, x, out, r);
-  corner<K, R, 1>(w, cols, x, out, r);
+  if (tokens == 2) return corner<K, R, 2>(w, cols, x, out, r, ahead);
+  corner<K, R, 1>(w, cols, x, out, r, ahead);
 }
 
 template <class K>
@@ -184,13 +227,17 @@ void multiply_rows(const Matrix& w, const char* prepared, const int32_t* index, 
   const int64_t cols = w.cols;
   const int64_t stride =
       odd_lines(padded(cols) * static_cast<int64_t>(sizeof(typename K::Input)));
-  // As many rows of W as stay in the second-level cache while all activations pass.
   const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(typename K::Weight));
-  int64_t strip = (256 * 1024 / (row_bytes > 0 ? row_bytes : 1)) / kRows * kRows;
-  if (strip < kRows) strip = kRows;
   const int64_t panels = (count + kTokens - 1) / kTokens;
+  // As many rows of W as stay in the second-level cache while all activations pass, and with them
+  // the next ones, which are asked for meanwhile. One activation alone reads fast enough as it is.
+  int64_t strip = 256 * 1024 / (row_bytes > 0 ? row_bytes : 1) / kRows * kRows;
+  if (strip < kRows || (panels == 1 && count > 1)) strip = kRows;
+  const int lines = count == 1 ? 0 : panels == 1 ? 4 : panels <= 3 ? 2 : 1;
   for (int64_t r0 = first; r0 < last; r0 += strip) {
     const int64_t r1 = r0 + strip < last ? r0 + strip : last;
+    const char* next = reinterpret_cast<const char*>(weights + r1 * cols);
+    const char* end = next + (last - r1 < strip ? last - r1 : strip) * row_bytes;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t i0 = count * panel / panels, i1 = count * (panel + 1) / panels;
       const int tokens = static_cast<int>(i1 - i0);
@@ -203,9 +250,11 @@ void multiply_rows(const Matrix& w, const char* prepared, const int32_t* index, 
       }
       int64_t r = r0;
       for (; r + kRows <= r1; r += kRows) {
-        corner_of<K, kRows>(tokens, weights + r * cols, cols, x, to, r);
+        const Ahead ahead = {next, next < end ? lines : 0};
+        corner_of<K, kRows>(tokens, weights + r * cols, cols, x, to, r, ahead);
+        next += ahead.lines * (cols / K::step) * 64;
       }
-      for (; r < r1; ++r) corner_of<K, 1>(tokens, weights + r * cols, cols, x, to, r);
+      for (; r < r1; ++r) corner_of<K, 1>(tokens, weights + r * cols, cols, x, to, r, {});
     }
   }
 }

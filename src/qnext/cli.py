@@ -21,6 +21,7 @@ from qnext.errors import QnextError, RequestError
 if TYPE_CHECKING:
     from qnext.engine.request import SamplingParams
     from qnext.llm import LLM
+    from qnext.quantization import Bits
 
 EMBEDDED = "qnext-mini"
 SMALL_MODEL = 50_000_000
@@ -138,6 +139,53 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if is_fine(checks) else 1
 
 
+def quantize(arguments: argparse.Namespace) -> int:
+    """Pack a model into 8 or 4 bits, with a certificate."""
+    from qnext.certificate import quantize_with_certificate
+
+    written = quantize_with_certificate(
+        arguments.source,
+        arguments.target,
+        _bits(arguments),
+        calibration=arguments.calibrate,
+        text=arguments.text,
+        forward=arguments.forward,
+    )
+    print(written)
+    return 0
+
+
+def synth(arguments: argparse.Namespace) -> int:
+    """Write a random checkpoint of a config."""
+    from qnext.config import read_json
+    from qnext.weights.synth import cut_config, synthesise
+
+    raw = cut_config(
+        read_json(arguments.config),
+        layers=arguments.layers,
+        experts=arguments.experts,
+        vocab_size=arguments.vocab_size,
+        mtp=arguments.mtp,
+    )
+    folder = synthesise(
+        raw,
+        arguments.target,
+        _bits(arguments),
+        router_skew=arguments.router_skew,
+        seed=arguments.seed,
+    )
+    print(folder)
+    return 0
+
+
+def _bits(arguments: argparse.Namespace) -> "Bits":
+    from qnext.quantization import Bits
+
+    parts = ("shared", "attention", "head", "embedding", "mtp")
+    given = {name: getattr(arguments, f"{name}_bits") for name in parts}
+    return Bits.all(arguments.bits, **{k: v for k, v in given.items() if v is not None})
+
+
 def cache(arguments: argparse.Namespace) -> int:
     """Explain what was reused, or look into a folder of prefixes."""
     from qnext import cache_command
@@ -167,7 +215,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
-    "cache": cache, "bench": bench,
+    "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
 }  # fmt: skip
 
 
@@ -213,6 +261,9 @@ def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
         arguments.model,
         dtype=arguments.dtype,
         device=arguments.device,
+        backend=arguments.backend,
+        quantization=arguments.quantization,
+        threads=threads,
         memory=arguments.memory,
         max_model_len=arguments.max_context,
         speculative_tokens=arguments.speculative,
@@ -322,10 +373,44 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--dtype",
         default="bfloat16",
-        choices=("bfloat16", "float16", "float32", "fp8"),
+        choices=("bfloat16", "float16", "float32", "fp8", "int8", "int4"),
         help="dtype the bytes are counted for (default: %(default)s)",
     )
     one.add_argument("--json", action="store_true", help="print one JSON object")
+
+    one = _command(commands, "quantize", "pack a model into 8 or 4 bits, with a certificate")
+    one.add_argument("source", metavar="SRC", help="model folder or embedded name")
+    one.add_argument("target", metavar="DST", help="new folder, or one that was interrupted")
+    _add_bits(one, choices=(4, 8), default=4)
+    one.add_argument(
+        "--calibrate", metavar="TEXT",
+        help="text file; weights are rounded for the inputs they see on it",
+    )  # fmt: skip
+    one.add_argument(
+        "--text", metavar="TEXT",
+        help="text file the certificate is measured on (default: one that comes with qnext)",
+    )  # fmt: skip
+    one.add_argument(
+        "--forward", action=argparse.BooleanOptionalAction,
+        help="run both models for the certificate (default: if the source fits into memory)",
+    )  # fmt: skip
+
+    one = _command(commands, "synth", "write a random checkpoint of a config, to measure speed")
+    one.add_argument("config", metavar="CONFIG.json", help="config.json, or the folder it is in")
+    one.add_argument("target", metavar="DST", help="new folder")
+    _add_bits(one, choices=(4, 8, 16), default=16)
+    one.add_argument("--layers", type=_positive, metavar="N", help="only the first N layers")
+    one.add_argument("--experts", type=_positive, metavar="N", help="only N experts a layer")
+    one.add_argument("--vocab-size", type=_positive, metavar="N", help="a smaller vocabulary")
+    one.add_argument(
+        "--mtp", action=argparse.BooleanOptionalAction, default=True,
+        help="the multi-token-prediction head, if the config has one (default: yes)",
+    )  # fmt: skip
+    one.add_argument(
+        "--router-skew", type=_share, default=0.0, metavar="S",
+        help="the expert of rank r is chosen about r^-S as often as the first (default: 0)",
+    )  # fmt: skip
+    one.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
     one = _command(commands, "cache", "what was reused of prompts, and what is kept on disk")
     actions = one.add_subparsers(dest="cache_action", metavar="ACTION", required=True)
@@ -364,6 +449,22 @@ def _add_model(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _add_bits(parser: argparse.ArgumentParser, *, choices: tuple[int, ...], default: int) -> None:
+    group = parser.add_argument_group("bits", "16 leaves a part as it is")
+    group.add_argument(
+        "--bits", type=int, choices=choices, default=default,
+        help="routed experts, and every part not named here (default: %(default)s)",
+    )  # fmt: skip
+    for name, what in (
+        ("shared", "shared experts and dense feed-forward layers"),
+        ("attention", "projections of attention and Gated DeltaNet"),
+        ("head", "output head"),
+        ("embedding", "embedding (default: 16; tied to the head: as the head)"),
+        ("mtp", "multi-token-prediction head"),
+    ):
+        group.add_argument(f"--{name}-bits", type=int, choices=(4, 8, 16), help=what)
+
+
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "model folder or embedded name")
     group = parser.add_argument_group("loading")
@@ -374,6 +475,14 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         help="dtype of the weights in memory (default: as config.json says)",
     )
     group.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    group.add_argument(
+        "--backend", default="auto", choices=("auto", "native", "torch"),
+        help="kernels: native, torch, or the fastest that fit (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantization", choices=("int8", "int4"),
+        help="pack the weights while they are read (default: as the folder has them)",
+    )  # fmt: skip
     group.add_argument(
         "--threads", type=_threads, metavar="N",
         help="threads of the CPU (default: one for a small model, else one per core)",
@@ -474,6 +583,16 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 4:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 4, found {text!r}")
+    return value
 
 
 def _threads(text: str) -> int:

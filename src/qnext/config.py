@@ -25,6 +25,28 @@ DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "linear", "yarn")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The keys of a ``config.json``, given the file or its folder. Raises ConfigError."""
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], Path]:
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} is not there. Give a model folder that holds config.json, or that file."
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a JSON object, found {type(raw).__name__}.")
+    return cast("dict[str, Any]", raw), file
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
     """Rotary position settings of the full-attention layers."""
@@ -118,21 +140,9 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Read a ``config.json`` or the folder that holds it."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"{file} is not there. Give a model folder that holds config.json, or that file."
-            )
+        raw, file = _read(path)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}.") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{file}: expected a JSON object, found {type(raw).__name__}.")
-        try:
-            return cls.from_dict(cast("dict[str, Any]", raw))
+            return cls.from_dict(raw)
         except ConfigError as error:
             raise ConfigError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 

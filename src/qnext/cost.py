@@ -11,21 +11,17 @@ from math import prod
 
 from qnext.config import ModelConfig
 from qnext.errors import ConfigError
-from qnext.quantization import Bits, matrix_bytes
+from qnext.quantization import Bits, format_of, matrix_bytes
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 """Bytes of one number. ``fp8`` is not here: it keeps part of the weights in bfloat16."""
+PACKED = {"int8": Bits.all(8), "int4": Bits.all(4)}
+"""Names of weights packed alike in every part; a ``Bits`` says it for each part."""
 FP8_BLOCK = 128
 """Rows and columns that share one scale in the published FP8 checkpoints."""
 CHUNK = 64
 """Tokens the chunked delta rule solves at once."""
 MTP = "mtp"
-PACKED_AS = {
-    "routed_experts": "experts", "shared_experts": "shared", "dense_mlps": "shared",
-    "delta_layers": "attention", "attention_layers": "attention", "lm_head": "head",
-    "embedding": "embedding", MTP: "mtp",
-}  # fmt: skip
-"""Component -> the field of ``Bits`` that decides about its large matrices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,33 +38,33 @@ class Weight:
     """Whether it enters a matrix product; norms, decay terms and convolutions do not."""
     has_fp8: bool = False
     """Whether the published FP8 checkpoints store it in FP8."""
-    can_pack: bool = False
-    """Whether ``qnext quantize`` packs it although FP8 checkpoints do not store it in FP8."""
+    part: str | None = None
+    """The field of ``Bits`` that decides how it is packed; None: it never is."""
 
     @property
     def size(self) -> int:
         """Numbers in one of the tensors."""
         return prod(self.shape)
 
-    def format(self, bits: Bits | None, *, tied: bool = False) -> str | None:
-        """q8 or q4 where a model of these bits packs it, else None."""
-        if bits is None or self.component not in PACKED_AS:
-            return None
-        if not self.has_fp8 and not self.can_pack:
-            return None
-        part = "head" if tied and self.component == "embedding" else PACKED_AS[self.component]
-        return bits.formats[part]
+    def is_packed(self, bits: Bits | None) -> bool:
+        """Whether a model of these bits packs it (None: nothing is packed)."""
+        if bits is None or self.part is None:
+            return False
+        return format_of(getattr(bits, self.part)) is not None
 
-    def packed_bytes(self, bits: Bits | None, dtype: str, *, tied: bool = False) -> float:
-        """Bytes of one of the tensors, packed or in ``dtype``; padding included."""
-        format = self.format(bits, tied=tied)
-        if format is None:
-            return self.nbytes(dtype)
-        rows, cols = self.shape
-        return matrix_bytes(format, rows, cols)
+    def nbytes(self, dtype: str | Bits) -> float:
+        """Bytes of one of the tensors in a checkpoint of this dtype, scales and padding included.
 
-    def nbytes(self, dtype: str) -> float:
-        """Bytes of one of the tensors in a checkpoint of this dtype, scales included."""
+        Stacks of packed experts are padded to 4,096 bytes besides, which is not counted: at the
+        published sizes it is nothing.
+        """
+        bits = dtype if isinstance(dtype, Bits) else PACKED.get(dtype)
+        if bits is not None:
+            format = None if self.part is None else format_of(getattr(bits, self.part))
+            if format is None:
+                return self.size * number_bytes("bfloat16")
+            return matrix_bytes(format, self.shape[0], self.shape[1])
+        assert isinstance(dtype, str)
         if dtype != "fp8":
             return self.size * number_bytes(dtype)
         if not self.has_fp8:
@@ -114,9 +110,11 @@ def number_bytes(dtype: str) -> float:
     return BYTES[dtype]
 
 
-def cache_dtype(dtype: str) -> str:
-    """Dtype of keys and values beside weights of this dtype: ``fp8`` weights keep bfloat16."""
-    return "bfloat16" if dtype == "fp8" else dtype
+def cache_dtype(dtype: str | Bits) -> str:
+    """Dtype of keys and values beside such weights: fp8 and packed ones keep bfloat16."""
+    if isinstance(dtype, Bits) or dtype == "fp8" or dtype in PACKED:
+        return "bfloat16"
+    return dtype
 
 
 # -- parameters --------------------------------------------------------------------------------
@@ -126,13 +124,19 @@ def inventory(config: ModelConfig) -> tuple[Weight, ...]:
     """Every weight of the model, equal shapes grouped."""
     D, V = config.hidden_size, config.vocab_size
     weights = [
-        Weight(component="embedding", shape=(V, D), used=0, is_matrix=False, can_pack=True),
+        Weight(
+            component="embedding",
+            shape=(V, D),
+            used=0,
+            is_matrix=False,
+            part="head" if config.tie_word_embeddings else "embedding",
+        ),
         # A tied head is stored as the embedding and still multiplies every token.
         Weight(
             component="lm_head",
             shape=(V, D),
             stored=0 if config.tie_word_embeddings else 1,
-            can_pack=True,
+            part="head",
         ),
         Weight(component="norms", shape=(D,), is_matrix=False),
     ]
@@ -219,17 +223,16 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 # -- bytes -------------------------------------------------------------------------------------
 
 
-def weight_bytes(
-    config: ModelConfig, dtype: str = "bfloat16", *, mtp: bool = True, bits: Bits | None = None
-) -> int:
-    """Bytes of a checkpoint in this dtype: ``float32``, ``bfloat16``, ``float16`` or ``fp8``.
+def weight_bytes(config: ModelConfig, dtype: str | Bits = "bfloat16", *, mtp: bool = True) -> int:
+    """Bytes of a checkpoint in this dtype: float32, bfloat16, float16, fp8, or packed.
+
+    Packed ones (``int8``, ``int4`` or the ``Bits`` of every part) keep the rest in bfloat16.
 
     ``fp8`` is the published layout: the large matrices in 8 bits with one float32 scale for each
-    128 by 128 block, the rest in bfloat16. With ``bits`` what they name is packed.
+    128 by 128 block, the rest in bfloat16.
     """
     chosen = inventory(config) if mtp else _main(config)
-    tied = config.tie_word_embeddings
-    return round(sum(w.stored * w.packed_bytes(bits, dtype, tied=tied) for w in chosen))
+    return round(sum(w.stored * w.nbytes(dtype) for w in chosen))
 
 
 def kv_bytes_per_token(
@@ -317,7 +320,9 @@ class DecodeBytes:
         return self.weights + self.kv + self.state
 
 
-def decode_bytes(config: ModelConfig, dtype: str = "bfloat16", *, context: int) -> DecodeBytes:
+def decode_bytes(
+    config: ModelConfig, dtype: str | Bits = "bfloat16", *, context: int
+) -> DecodeBytes:
     """Memory traffic of one decoded token."""
     weights = sum(w.used * w.nbytes(dtype) for w in _main(config))
     cache = cache_dtype(dtype)
@@ -376,12 +381,12 @@ def step_cost(
     over the layers; left out, those of a single token. Recurrent states are read and written once
     per sequence, keys and values read once, however many rows there are.
     """
-    tied, cache = config.tie_word_embeddings, cache_dtype(dtype)
+    cache = cache_dtype(dtype)
     tokens = rows * len(contexts)
     logit_rows = tokens if logit_rows is None else logit_rows
     weights = integers = floats = 0.0
     for weight in _main(config):
-        size = weight.packed_bytes(bits, dtype, tied=tied)
+        size = weight.nbytes(bits or dtype)
         if weight.component == "embedding":
             weights += tokens * size / weight.shape[0]
             continue
@@ -394,10 +399,10 @@ def step_cost(
         if weight.is_matrix:
             count = logit_rows if weight.component == "lm_head" else tokens
             operations = 2.0 * weight.used * weight.size * count
-            if weight.format(bits, tied=tied) is None:
-                floats += operations
-            else:
+            if weight.is_packed(bits):
                 integers += operations
+            else:
+                floats += operations
     seen = sum(rows * context + rows * (rows + 1) // 2 for context in contexts)
     floats += attention_flops(config) * seen
     floats += delta_flops(config, chunked=rows >= CHUNK) * tokens
@@ -424,9 +429,9 @@ def _delta(config: ModelConfig) -> list[Weight]:
     projected = 2 * config.delta_key_dim + 2 * values
     taps = (config.conv_channels, config.linear_conv_kernel_dim)
     return [
-        Weight(component=name, shape=(projected, D), has_fp8=True),
+        Weight(component=name, shape=(projected, D), has_fp8=True, part="attention"),
         Weight(component=name, shape=(2 * heads, D)),
-        Weight(component=name, shape=(D, values), has_fp8=True),
+        Weight(component=name, shape=(D, values), has_fp8=True, part="attention"),
         Weight(component=name, shape=taps, is_matrix=False),
         Weight(component=name, shape=(heads,), stored=2, used=2, is_matrix=False),
         Weight(component=name, shape=(config.linear_value_head_dim,), is_matrix=False),
@@ -437,10 +442,11 @@ def _attention(config: ModelConfig, name: str) -> list[Weight]:
     D, H = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * H, config.num_key_value_heads * H
     projected = 2 * queries if config.is_hybrid else queries
+    part = MTP if name == MTP else "attention"
     weights = [
-        Weight(component=name, shape=(projected, D), has_fp8=True),
-        Weight(component=name, shape=(keys, D), stored=2, used=2, has_fp8=True),
-        Weight(component=name, shape=(D, queries), has_fp8=True),
+        Weight(component=name, shape=(projected, D), has_fp8=True, part=part),
+        Weight(component=name, shape=(keys, D), stored=2, used=2, has_fp8=True, part=part),
+        Weight(component=name, shape=(D, queries), has_fp8=True, part=part),
         Weight(component=name, shape=(H,), stored=2, used=2, is_matrix=False),
     ]
     if config.attention_bias:
@@ -456,13 +462,19 @@ def _feed_forward(config: ModelConfig, *, sparse: bool, mtp: bool = False) -> li
         return MTP if mtp else component
 
     def mlp(component: str, width: int, stored: int, used: int) -> list[Weight]:
+        routed = "experts" if component == "routed_experts" else "shared"
+        part = MTP if mtp else routed
+        into, back = (width, D), (D, width)
         kind = name(component)
         return [
             Weight(
-                component=kind, shape=(width, D), stored=2 * stored, used=2 * used, has_fp8=True
+                component=kind, shape=into, stored=2 * stored, used=2 * used, has_fp8=True,
+                part=part,
             ),
-            Weight(component=kind, shape=(D, width), stored=stored, used=used, has_fp8=True),
-        ]
+            Weight(
+                component=kind, shape=back, stored=stored, used=used, has_fp8=True, part=part
+            ),
+        ]  # fmt: skip
 
     if not sparse:
         return mlp("dense_mlps", config.intermediate_size, 1, 1)
@@ -482,7 +494,7 @@ def _feed_forward(config: ModelConfig, *, sparse: bool, mtp: bool = False) -> li
 def _mtp(config: ModelConfig) -> list[Weight]:
     D = config.hidden_size
     return [
-        Weight(component=MTP, shape=(D, 2 * D), can_pack=True),
+        Weight(component=MTP, shape=(D, 2 * D), part=MTP),
         *_attention(config, MTP),
         *_feed_forward(config, sparse=config.num_experts > 0, mtp=True),
         Weight(component=MTP, shape=(D,), stored=5, used=5, is_matrix=False),

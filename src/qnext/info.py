@@ -68,8 +68,8 @@ def describe(
 ) -> dict[str, Any]:
     """All figures as JSON-ready values.
 
-    Bytes of weights and cache are those of ``dtype``: float32, bfloat16, float16 or fp8 (with a
-    bfloat16 cache).
+    Bytes of weights and cache are those of ``dtype``: float32, bfloat16, float16, or fp8, int8 and
+    int4 (with a bfloat16 cache).
     """
     found, cache = cost.parameters(config), cost.cache_dtype(dtype)
     contexts = [n for n in CONTEXTS if n <= config.max_position_embeddings]

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from qnext import native
 from qnext.answers import Completion, Conversation, Delta, Message, Score, TextReader
-from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
 from qnext.engine.request import (
     FinishReason,
@@ -27,17 +28,18 @@ from qnext.engine.request import (
     SamplingParams,
 )
 from qnext.engine.sizes import check_counts, parse_bytes
-from qnext.errors import BackendError, ConfigError, RequestError, TokenizerError
+from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
-from qnext.ops import Ops, OpSpec, invariant, select
+from qnext.model.native import NativeModel
 from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
 from qnext.text.places import message_places
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.vocabulary import KEPT_FILES
-from qnext.weights.checkpoint import load_model, resolve_model
+from qnext.weights.decoder import load_decoder
 from qnext.weights.fingerprint import fingerprint
+from qnext.weights.folder import resolve_model
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +50,21 @@ MAX_ANSWERED = 4
 class LLM:
     """A model folder (or ``qnext-mini``) ready to answer.
 
+    ``backend`` chooses the kernels: ``native``, ``torch``, or ``auto`` for the fastest that fit.
+    ``quantization`` (``int8``, ``int4``) packs the weights while they are read; a folder written by
+    ``qnext quantize`` is packed already. ``threads`` is the native kernels' own number, by default
+    PyTorch's.
+
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
     tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
-    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs, in
-    float32. ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said
-    in conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
+    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs (with
+    PyTorch's kernels in float32 only).
+
+    ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said in
+    conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory
     runs out and by ``close``. Not thread-safe: use it from one thread.
     """
 
@@ -65,6 +74,9 @@ class LLM:
         *,
         dtype: str = "auto",
         device: str = "cpu",
+        backend: str = "auto",
+        quantization: str | None = None,
+        threads: int | None = None,
         max_num_seqs: int = 16,
         max_batch_tokens: int = 2048,
         memory: str | int = "1GiB",
@@ -80,8 +92,10 @@ class LLM:
     ) -> None:
         check_counts(
             max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens,
-            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens,
+            max_model_len=max_model_len, max_chunk_tokens=max_chunk_tokens, threads=threads,
         )  # fmt: skip
+        if native.unfit() is None:
+            native.load().set_threads(threads or torch.get_num_threads())
         folder = resolve_model(model)
         tokenizer = Tokenizer.from_folder(folder)
         template = ChatTemplate.from_folder(folder)
@@ -92,11 +106,13 @@ class LLM:
             )  # fmt: skip
         self.name = folder.name
         self._assemble(
-            load_model(
+            load_decoder(
                 folder,
                 dtype=dtype,
                 device=device,
-                ops=_invariant_ops(folder, dtype, device) if batch_invariant else None,
+                backend=backend,
+                quantization=quantization,
+                batch_invariant=batch_invariant,
             ),
             tokenizer,
             template,
@@ -113,12 +129,12 @@ class LLM:
             batch_invariant=batch_invariant,
             cache_dir=cache_dir,
             cache_disk_limit=parse_bytes(cache_disk_limit, name="cache_disk_limit"),
-            cache_key=_cache_key(folder) if cache_dir is not None else None,
+            cache_key=_cache_key(folder, quantization) if cache_dir is not None else None,
         )
 
     def _assemble(
         self,
-        model: CausalLM,
+        model: CausalLM | NativeModel,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         generation: Mapping[str, Any],
@@ -132,7 +148,7 @@ class LLM:
                 f"{model.config.vocab_size}: they do not belong together. Use the tokenizer files "
                 "that came with the checkpoint."
             )
-        self.model, self.config = model.eval(), model.config
+        self.model, self.config = model, model.config
         self.tokenizer, self.template = tokenizer, template
         self._generation = generation
         self.eos_ids = self._end_ids()
@@ -504,22 +520,16 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
     )
 
 
-def _invariant_ops(folder: Path, dtype: str, device: str) -> Ops:
-    """Path-independent ops; BackendError where there are none."""
-    name = ModelConfig.from_file(folder).dtype if dtype == "auto" else str(dtype)
-    if name.removeprefix("torch.") != "float32":
-        raise BackendError(
-            f"batch_invariant needs dtype='float32', found {name!r}: in other dtypes the rows of "
-            "a batch are not independent here."
-        )
-    return select(OpSpec(device=device), prefer=invariant())
-
-
-def _cache_key(folder: Path) -> dict[str, str]:
+def _cache_key(folder: Path, quantization: str | None) -> dict[str, str]:
     """What cached keys, values and states depend on beside the configuration."""
     files = tuple(name for name in KEPT_FILES if not name.startswith("chat_template"))
     # "tenant" is the place for a salt that keeps users of one server apart.
-    return {"weights": fingerprint(folder, extra=files), "adapter": "", "tenant": ""}
+    return {
+        "weights": fingerprint(folder, extra=files),
+        "quantization": quantization or "",
+        "adapter": "",
+        "tenant": "",
+    }
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

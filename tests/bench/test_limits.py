@@ -110,11 +110,11 @@ def test_ratios_stand_side_by_side():
 
 
 def test_weight_bytes_of_packed_parts():
-    everything = cost.weight_bytes(SHAPE_M, bits=Bits.all(4), mtp=False)
+    everything = cost.weight_bytes(SHAPE_M, Bits.all(4), mtp=False)
     assert 3.8e9 < everything < 4.0e9
-    assert cost.weight_bytes(SHAPE_M, bits=Bits.all(16), mtp=False) == cost.weight_bytes(
+    assert cost.weight_bytes(SHAPE_M, Bits.all(16), mtp=False) == cost.weight_bytes(
         SHAPE_M, mtp=False
     )
-    head = cost.weight_bytes(SHAPE_M, bits=Bits.all(4, head=8), mtp=False)
+    head = cost.weight_bytes(SHAPE_M, Bits.all(4, head=8), mtp=False)
     gained = matrix_bytes("q8", 32768, 2048) - matrix_bytes("q4", 32768, 2048)
     assert head - everything == gained

@@ -1,6 +1,7 @@
 """The native delta layer equals its plain parts; stepping, verifying and keeping agree in bits."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ class Delta:
         )  # fmt: skip
         return y
 
-    def delta_inputs(self, inputs, lengths, window) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def delta_inputs(self, inputs, lengths, window) -> tuple[dict[str, Any], Tensor, Tensor]:
         """q, k, v, g, beta and z as the PyTorch layer makes them, and the new window."""
         qkvz, ba = inputs
         U, K, M, rM = self.U, self.K, self.M, self.group * self.M
@@ -135,8 +136,10 @@ def close(found: Tensor, want: Tensor, bound: float = 2e-5) -> None:
     assert (found - want).abs().max() <= bound * want.abs().max().clamp(min=1.0)
 
 
-def rows(inputs, start: int, end: int):
-    return tuple(x[start:end].contiguous() for x in inputs)
+def rows(inputs: tuple[Tensor, Tensor], start: int, end: int) -> tuple[Tensor, Tensor]:
+    """Some of the tokens."""
+    qkvz, ba = inputs
+    return qkvz[start:end].contiguous(), ba[start:end].contiguous()
 
 
 def check(kernels, layer: Delta, lengths, **how) -> None:
@@ -368,7 +371,7 @@ class TestPending:
         assert torch.equal(layer.window, plain.window)
 
 
-def recurrence_in_double(parts: dict[str, Tensor], state: Tensor) -> Tensor:
+def recurrence_in_double(parts: dict[str, Any], state: Tensor) -> Tensor:
     """Outputs [P, W, M] float64 of one sequence."""
     group = parts["v"].shape[1] // parts["k"].shape[1]
     q, k = (parts[name].double().repeat_interleave(group, dim=1) for name in "qk")

@@ -37,21 +37,26 @@ def llm(folder):
     return qnext.LLM("qnext-mini", memory="64MiB")
 
 
-def test_mtp_predicts_the_token_after_next_far_better_than_an_untrained_head(llm):
+@pytest.fixture(scope="module")
+def model():
+    return qnext.load_model("qnext-mini")
+
+
+def test_mtp_predicts_the_token_after_next_far_better_than_an_untrained_head(llm, model):
     ids = torch.tensor(llm.tokenizer.encode(HELD_OUT))
-    trained = evaluate.mtp_hits(llm.model, [ids])
-    untrained = evaluate.mtp_hits(evaluate.untrained_mtp(llm.model), [ids])
+    trained = evaluate.mtp_hits(model, [ids])
+    untrained = evaluate.mtp_hits(evaluate.untrained_mtp(model), [ids])
     assert trained["right"] > 0.12
     assert untrained["right"] < 0.06
     assert trained["same_as_main_head"] > 0.3
     assert trained["same_as_main_head"] > 5 * untrained["same_as_main_head"]
 
 
-def test_held_out_text_is_likelier_than_its_words_in_reverse(llm):
+def test_held_out_text_is_likelier_than_its_words_in_reverse(llm, model):
     def loss(text: str) -> float:
         ids = torch.tensor([llm.tokenizer.encode(text)])
         with torch.no_grad():
-            logits = llm.model(ids).logits[0].float()
+            logits = model(ids).logits[0].float()
         return float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]))
 
     backwards = " ".join(reversed(HELD_OUT.split()))
@@ -103,7 +108,7 @@ def test_every_architectural_part_is_present(llm):
     assert config.num_experts > config.num_experts_per_tok > 1
     assert config.shared_expert_intermediate_size
     assert config.rotary_dim < config.head_dim
-    assert llm.model.mtp is not None
+    assert llm.model.has_mtp
 
 
 def test_model_card_names_every_source_licence_and_attribution(folder):

@@ -25,7 +25,9 @@ def alone(tiny_folder) -> LLM:
 @pytest.fixture(scope="session")
 def live(tiny_folder) -> Iterator[Live]:
     """A server of the tiny model, with room for eight requests at a time."""
-    with running(LLM(tiny_folder, max_num_seqs=8), max_body_bytes=100_000) as found:
+    with running(
+        LLM(tiny_folder, max_num_seqs=8, backend="torch"), max_body_bytes=100_000
+    ) as found:
         yield found
 
 

@@ -94,9 +94,9 @@ def test_what_is_packed_comes_back(format: str, rows: int, cols: int) -> None:
     assert back.shape == weight.shape
     limit = {"q4": 0.09, "q8": 0.009}[format]
     assert (back - weight).norm() <= limit * weight.norm()
-    # Packed weights are a fixed point up to the rounding of the scale itself.
+    # Packing what was packed hardly moves it: the search finds nearly the same scales.
     again = unpack(pack(format, back))
-    assert (again - back).norm() <= {"q4": 0.01, "q8": 0.001}[format] * back.norm()
+    assert (again - back).norm() <= {"q4": 0.03, "q8": 0.001}[format] * back.norm()
 
 
 @pytest.mark.parametrize("format", ["q4", "q8"])

@@ -1,14 +1,16 @@
 """Which weights are packed, under which names; packed folders and packing in memory."""
 
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from tests.weights.tiny_checkpoints import DENSE, MOE, NEXT, random_model, read_tensors
 
+from qnext import cost
 from qnext.config import ModelConfig
 from qnext.errors import CheckpointError
-from qnext.quantization import Bits, read_bits
+from qnext.quantization import Bits, expert_bytes, read_bits
 from qnext.weights.checkpoint import save_model
 from qnext.weights.formats import PackedExperts, PackedMatrix, pack, unpack
 from qnext.weights.packed import Part, pack_model, parts
@@ -121,3 +123,27 @@ def test_settings_that_cannot_be_are_refused() -> None:
         read_bits({"quantization_config": {**bits.as_config(), "format_version": 2}})
     with pytest.raises(CheckpointError, match="must give attention, embedding"):
         read_bits({"quantization_config": {**bits.as_config(), "bits": {"head": 4}}})
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {**NEXT, "num_nextn_predict_layers": 1},
+        {**DENSE, "tie_word_embeddings": True},
+        {**MOE, "hidden_size": 64},
+    ],
+    ids=["next", "tied", "moe"],
+)
+@pytest.mark.parametrize("bits", [Bits.all(4), Bits(experts=8, attention=16, embedding=8, mtp=8)])
+def test_cost_counts_the_bytes_of_packed_weights(raw, bits) -> None:
+    config = ModelConfig.from_dict({**raw, "torch_dtype": "bfloat16"})
+    stored = sum(
+        prod(part.stored_shape) * (2 if part.format is None else 1) for part in parts(config, bits)
+    )
+    # Experts on file are padded to 4,096 bytes each; the kernels do not read that.
+    padding = 0
+    for part in parts(config, bits):
+        if part.kind == "experts" and part.format is not None:
+            _, used, stride = expert_bytes(part.format, part.shape[1], part.shape[2])
+            padding += part.shape[0] * (stride - used)
+    assert cost.weight_bytes(config, bits) == stored - padding

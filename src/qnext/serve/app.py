@@ -140,7 +140,7 @@ class _Service:
             "running": load.running,
             "waiting": load.waiting,
             "background_prefill": {**load.background.as_dict(), "pending": load.preparing},
-            "kernels": list(self.llm.model.ops.report),
+            "kernels": list(self.llm.model.kernels),
         }
         return _json(body, status=200 if alive else 503)
 

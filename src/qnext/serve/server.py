@@ -7,6 +7,7 @@ import sys
 
 import uvicorn
 
+from qnext import cost
 from qnext.errors import RequestError
 from qnext.llm import LLM
 from qnext.serve.app import create_app
@@ -85,8 +86,8 @@ def serve(llm: LLM, listener: socket.socket) -> int:
 def banner(llm: LLM, listener: socket.socket) -> str:
     """What is served, where, and with which kernels."""
     url = address(listener)
-    parameters = sum(parameter.numel() for parameter in llm.model.parameters())
-    kernels = [line.partition(":") for line in llm.model.ops.report]
+    parameters = cost.parameters(llm.config).total
+    kernels = [line.partition(":") for line in llm.model.kernels]
     by_backend: dict[str, list[str]] = {}
     for op, _, backend in kernels:
         by_backend.setdefault(backend.strip(), []).append(op)

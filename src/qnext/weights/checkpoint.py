@@ -43,6 +43,7 @@ from qnext.weights.layout import (
     match,
     slots,
 )
+from qnext.weights.packed import PackedModel, is_packed, open_packed, unpack_into_model
 from qnext.weights.safetensors_file import MappedFile, OutTensor, TensorInfo, write_file
 from qnext.weights.source import as_stored, fp8_block
 
@@ -85,8 +86,9 @@ def load_model(
 
     ``dtype`` is that of the parameters: ``auto`` for the one in config.json, or bfloat16, float16,
     float32. ``A_log`` and ``dt_bias`` are float32 in any case. FP8 block-quantised tensors are
-    dequantised. Whether there is an MTP head is read off the tensors, not the config. ``ops``
-    chooses the kernels; left out, kernels that also have gradients.
+    dequantised, and so are packed folders (``qnext quantize``), which is said in the log. Whether
+    there is an MTP head is read off the tensors, not the config. ``ops`` chooses the kernels; left
+    out, kernels that also have gradients.
 
     The model is in evaluation mode and its parameters require gradients, as torch has it. It
     remembers its folder as ``source_folder``, so that ``save_model`` can copy the tokenizer along.
@@ -97,6 +99,7 @@ def load_model(
     """
     folder = resolve_model(path)
     config = ModelConfig.from_file(folder)
+    packed = open_packed(folder) if is_packed(config) else None
     infos = checkpoint_index(folder)
     block = fp8_block(config)
     wanted = _parse_dtype(dtype, config)
@@ -109,11 +112,16 @@ def load_model(
             if name.endswith(FLOAT32_PARAMETERS):
                 parameter.data = parameter.data.float()
     # Everything that can be wrong with the folder is said before memory is asked for.
-    sources = match(infos, model, block)
+    sources = match(infos, model, block) if packed is None else []
     if dtype == "auto":
         _say_what_is_rounded(sources, wanted)
+    if packed is not None:
+        _say_it_is_unpacked(packed, model)
     model.to_empty(device=place)
-    _fill(model, sources, block)
+    if packed is None:
+        _fill(model, sources, block)
+    else:
+        unpack_into_model(model, packed)
     _check_values(model, folder)
     model.source_folder = folder
     return model.eval()
@@ -224,6 +232,14 @@ def _say_what_is_rounded(sources: list[Source], dtype: torch.dtype) -> None:
         )  # fmt: skip
 
 
+def _say_it_is_unpacked(packed: PackedModel, model: CausalLM) -> None:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    _log.warning(
+        "%s is packed; it is unpacked to %s for PyTorch: %.2f GB instead of %.2f GB.",
+        packed.folder, str(model.dtype).removeprefix("torch."), size / 1e9, packed.num_bytes / 1e9,
+    )  # fmt: skip
+
+
 def _check_values(model: CausalLM, folder: Path) -> None:
     """Refuse weights that can only give NaN: small tensors that are not finite, decays of 0."""
     for name, parameter in model.named_parameters():
@@ -277,7 +293,8 @@ def save_model(
         try:
             scratch.mkdir(parents=True)
             _write_all(model, config, scratch, max_shard_bytes)
-            _copy_along(model.source_folder, folder, scratch)
+            if model.source_folder is not None and model.source_folder.is_dir():
+                copy_along(model.source_folder, folder, scratch)
             _move_into_place(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -335,9 +352,11 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def _copy_along(source: Path | None, target: Path, scratch: Path) -> None:
-    if source is None or not source.is_dir():
-        return
+def copy_along(source: Path, target: Path, scratch: Path | None = None) -> None:
+    """Copy the small files of a model folder that are not weights, unless ``target`` has them.
+
+    They go to ``scratch`` if that is given.
+    """
     for file in sorted(source.iterdir()):
         if (
             file.is_file()
@@ -345,7 +364,7 @@ def _copy_along(source: Path | None, target: Path, scratch: Path) -> None:
             and file.stat().st_size <= _COPIED_ALONG_BYTES
             and not (target / file.name).exists()
         ):
-            shutil.copyfile(file, scratch / file.name)
+            shutil.copyfile(file, (scratch or target) / file.name)
 
 
 def _move_into_place(scratch: Path, folder: Path) -> None:

@@ -109,6 +109,11 @@ class PackedExperts:
         """One of them as the kernel sees it: rows of a pair in stored order, padding included."""
         return PackedMatrix(self.format, self.stored_rows, self.cols, self.data[index])
 
+    def one(self, index: int) -> "PackedExperts":
+        """A stack of one of them."""
+        data = self.data[index : index + 1]
+        return PackedExperts(self.format, 1, self.rows, self.cols, data, self.stride, self.paired)
+
 
 # -- packing -------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """The format's dtype names."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""And back."""
 _MAX_HEADER_BYTES = 100_000_000
 _RELEASE_BYTES = 32 * 2**20
 """Mapped pages are let go after so many bytes were read through them."""
@@ -207,7 +208,7 @@ def write_file(file: Path, tensors: Iterable[OutTensor]) -> None:
     for out in ordered:
         begin, end = end, end + out.num_bytes
         header[out.name] = {
-            "dtype": _NAMES[out.dtype],
+            "dtype": NAMES[out.dtype],
             "shape": list(out.tensor.shape),
             "data_offsets": [begin, end],
         }

@@ -125,6 +125,10 @@ class SourceReader:
         source = self._source(name)
         return torch.float32 if source.scale is not None else source.dtype
 
+    def is_fp8(self, name: str) -> bool:
+        """Whether the file has it in 8-bit floats, of which ``read`` makes float32."""
+        return self._source(name).scale is not None
+
     def read(self, name: str) -> Tensor:
         """A published tensor in its shape: a view of the mapped file; of FP8 ones the values."""
         source, slot = self._source(name), self.slots[name]
