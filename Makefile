@@ -8,7 +8,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-all setup lint fix native mini tables measure clean
+.PHONY: serve test test-all setup lint fix native sanitize mini tables measure clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
@@ -34,6 +34,15 @@ fix: $(VENV)/.dev
 # Rebuilds the native kernels after a change in csrc (make setup builds them the first time).
 native: $(VENV)/.dev
 	$(INSTALL) --no-deps -e .
+
+# The tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The libraries
+# are preloaded because Python itself is built without them; leaks of the interpreter are not ours.
+CXX ?= g++
+PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+sanitize: $(VENV)/.dev
+	$(INSTALL) --no-deps -e . -C cmake.define.QNEXT_SANITIZE=ON -C build-dir=build/sanitize
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" $(BIN)/python -m pytest tests/native; \
+	  found=$$?; $(INSTALL) --no-deps -e . && exit $$found
 
 # Trains the embedded model again, from the corpora in DATA (see recipes/mini).
 DATA ?= ../shared/data

@@ -40,8 +40,7 @@ struct AttentionJob {
   const float* cos = nullptr;     // [P][Y]
   const float* sin = nullptr;     // [P][Y]
 
-  float* q = nullptr;        // [P][N * H], or gated [P][N * 2H]: per head the query, then its gate.
-                             // append overwrites the queries with their normed, rotated values.
+  const float* q = nullptr;  // [P][N * H], or gated [P][N * 2H]: per head the query, then its gate
   float* k = nullptr;        // [P][G * H]; append overwrites it
   const float* v = nullptr;  // [P][G * H]
   float* out = nullptr;      // [P][N * H]; rows of no sequence are left alone
@@ -63,10 +62,11 @@ struct AttentionKernels {
   // 1/100 of the pages that are read for one token of each sequence.
   int64_t (*scratch_bytes)(const AttentionJob& job, int threads);
 
-  // Norm and rotate the new queries and keys, and write keys and values into their pages.
+  // Norm and rotate the new keys, and write keys and values into their pages.
   void (*append)(const AttentionJob& job, void* scratch, const Team& team);
 
-  // out = softmax(q k^T * scale) v * sigmoid(gate), where the token at position i sees first .. i.
+  // out = softmax(q k^T * scale) v * sigmoid(gate) for the normed and rotated q, where the token at
+  // position i sees first .. i.
   // A NaN that a token sees makes its result NaN; one in the values of a later token of the same
   // step may. With a bf16 cache queries and probabilities are rounded to bf16 too where the
   // processor multiplies bf16 (avx512).

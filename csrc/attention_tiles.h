@@ -118,21 +118,22 @@ struct Floats {
   static Vec load(const T* p) { return Vec::load(p); }
   static Vec load(const T* p, int n) { return load_part(p, n); }
 
-  // Values: columns [column, column + kPanel) of `count` rows, row by row; zeros beyond `size`.
-  static void pack_values(const void* const* rows, int count, int64_t column, int64_t size,
-                          float* out) {
-    for (int r = 0; r < count; ++r, out += kPanel) {
-      const T* const row = static_cast<const T*>(rows[r]);
+  // Columns [column, column + kPanel) of the values of one position; zeros from `size` on.
+  struct Values {
+    const void* const* rows;
+    int64_t column;
+    int64_t size;
+    void next(Vec* panel) {
+      const T* const row = static_cast<const T*>(*rows++);
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = column + v * Vec::width;
         const int64_t left = size - at;
-        (left >= Vec::width ? Vec::load(row + at)
-         : left > 0         ? load_part(row + at, static_cast<int>(left))
-                            : Vec::zero())
-            .store(out + v * Vec::width);
+        panel[v] = left >= Vec::width ? Vec::load(row + at)
+                   : left > 0         ? load_part(row + at, static_cast<int>(left))
+                                      : Vec::zero();
       }
     }
-  }
+  };
 
   // Probabilities in place; returns their sum.
   static Vec pack_probabilities(float* p, int count) {
@@ -172,24 +173,27 @@ struct Pairs {
     return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p)};
   }
 
-  // Two rows after another are interleaved: pairs along the positions.
-  static void pack_values(const void* const* rows, int count, int64_t column, int64_t size,
-                          float* out) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const int64_t left = size - column;
-    const __mmask32 mask =
-        left >= kPanel ? 0xffffffffu : static_cast<__mmask32>((1u << left) - 1u);
-    for (int r = 0; r < count; r += 2, out += kPanel) {
-      const bf16* const even = static_cast<const bf16*>(rows[r]) + column;
-      const bf16* const odd = static_cast<const bf16*>(rows[r + 1]) + column;
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, even);
-      const __m512i b = _mm512_maskz_loadu_epi16(mask, odd);
-      _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(out + Vec::width, _mm512_permutex2var_epi16(a, high, b));
+  // The values of two positions, interleaved: pairs along the positions.
+  struct Values {
+    const void* const* rows;
+    int64_t column;
+    __mmask32 mask;
+    __m512i low, high;
+    Values(const void* const* rows, int64_t column, int64_t size) : rows(rows), column(column) {
+      mask = size - column >= kPanel ? 0xffffffffu
+                                     : static_cast<__mmask32>((1u << (size - column)) - 1u);
+      low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                             38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+      high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     }
-  }
+    void next(Vec* panel) {
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(rows[0]) + column);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(rows[1]) + column);
+      rows += 2;
+      panel[0].v = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+      panel[1].v = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+    }
+  };
 
   // The sum is that of the rounded probabilities, so that the weights of the values add up to 1.
   static Vec pack_probabilities(float* p, int count) {
@@ -211,11 +215,57 @@ struct Pairs {
 
 #endif
 
-// Keys: kPanel rows of `steps` steps, transposed: [step][row].
+// Memory that will be needed soon: `bytes` of each of some rows. It is asked for a few lines at a
+// time during products, in the order of addresses: so the processor's own prefetcher joins in, and
+// the memory works while products do. Requests for the first cache are never dropped but few can
+// be under way; those for the second, well ahead, are dropped when there are too many: together
+// they keep the memory busy without holding up the products.
+struct Ahead {
+  const void* const* row = nullptr;
+  const void* const* end = nullptr;
+  int64_t bytes = 0;
+  int64_t at = 0;
+  int64_t far = 0;  // rows
+
+  Ahead(const void* const* rows, int64_t count, int64_t bytes)
+      : row(rows), end(rows + count), bytes(bytes), far(bytes < 8192 ? 8192 / bytes : 1) {}
+  Ahead() = default;
+
+  bool pending() const { return row != end; }
+
+  void fetch() {
+    if (row == end) return;
+    __builtin_prefetch(static_cast<const char*>(*row) + at, 0, 3);
+    if (end - row > far) __builtin_prefetch(static_cast<const char*>(row[far]) + at, 0, 2);
+    at += 64;
+    if (at >= bytes) {
+      at = 0;
+      ++row;
+    }
+  }
+
+  void fetch_rest() {
+    while (pending()) fetch();
+  }
+};
+
+// A panel that was packed before.
+struct Packed {
+  const float* at;
+  void next(Vec* panel) {
+    for (int v = 0; v < kVectors; ++v) panel[v] = Vec::load(at + v * Vec::width);
+    at += kPanel;
+  }
+};
+
+// Keys: kPanel rows of `steps` steps from value `offset` on, transposed: [step][row].
 template <class Kind>
-inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
+inline void pack_keys(const void* const* rows, int64_t offset, int64_t steps, float* out,
+                      Ahead* ahead) {
   constexpr int W = Vec::width;
-  auto row = [&](int r) { return static_cast<const typename Kind::Cache*>(rows[r]); };
+  auto row = [&](int r) {
+    return static_cast<const typename Kind::Cache*>(rows[r]) + offset;
+  };
   for (int v = 0; v < kVectors; ++v, rows += W, out += W) {
     int64_t s = 0;
     Vec square[W];
@@ -223,6 +273,9 @@ inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
       for (int r = 0; r < W; ++r) square[r] = Kind::load(row(r) + s * Kind::kStep);
       transpose(square);
       for (int i = 0; i < W; ++i) square[i].store(out + (s + i) * kPanel);
+      if (ahead->pending()) {
+        for (int i = 0; i < W / 2 + 1; ++i) ahead->fetch();
+      }
     }
     const int rest = static_cast<int>(steps - s);
     if (rest) {
@@ -233,23 +286,27 @@ inline void pack_keys(const void* const* rows, int64_t steps, float* out) {
   }
 }
 
-// c[i][panel] = a[i][:] . b (+ c[i][panel] * keep[i] where `keep` is given), for R rows.
-template <class Kind, int R>
-inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
-                          int64_t ldc, const float* keep) {
+// c[i][panel] = a[i][:] . panel (+ c[i][panel] * keep[i] where `keep` is given), for R rows.
+// Fetches `Fetch` lines per step.
+template <class Kind, int R, int Fetch, class Panel>
+inline void multiply_rows(const uint32_t* a, int64_t lda, Panel source, int64_t steps, float* c,
+                          int64_t ldc, const float* keep, Ahead* ahead) {
   Vec sums[R][kVectors];
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec::zero();
   }
-  for (int64_t s = 0; s < steps; ++s, b += kPanel, ++a) {
+  Ahead lines = Fetch ? *ahead : Ahead();
+  for (int64_t s = 0; s < steps; ++s, ++a) {
+    for (int i = 0; i < Fetch; ++i) lines.fetch();
     Vec panel[kVectors];
-    for (int v = 0; v < kVectors; ++v) panel[v] = Vec::load(b + v * Vec::width);
+    source.next(panel);
     for (int i = 0; i < R; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         sums[i][v] = Kind::multiply(a + i * lda, panel[v], sums[i][v]);
       }
     }
   }
+  if (Fetch) *ahead = lines;
   for (int i = 0; i < R; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       float* at = c + i * ldc + v * Vec::width;
@@ -259,29 +316,70 @@ inline void multiply_rows(const uint32_t* a, int64_t lda, const float* b, int64_
   }
 }
 
+// Rows that are multiplied at once when `left` are to be done.
+inline int64_t rows_at_once(int64_t left) {
+  if (left >= kMostRows && left != 2 * kFewerRows) return kMostRows;
+  if (left >= kFewerRows) return kFewerRows;
+  return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// multiply_rows for a number of rows that rows_at_once gave.
+template <class Kind, int Fetch, class Panel>
+inline void multiply_some(const uint32_t* a, int64_t lda, Panel source, int64_t steps, float* c,
+                          int64_t ldc, const float* keep, int64_t rows, Ahead* ahead) {
+  if (rows == kMostRows) {
+    multiply_rows<Kind, kMostRows, Fetch>(a, lda, source, steps, c, ldc, keep, ahead);
+  } else if (rows == kFewerRows) {
+    multiply_rows<Kind, kFewerRows, Fetch>(a, lda, source, steps, c, ldc, keep, ahead);
+  } else if (rows == 4) {
+    multiply_rows<Kind, 4, Fetch>(a, lda, source, steps, c, ldc, keep, ahead);
+  } else if (rows == 2) {
+    multiply_rows<Kind, 2, Fetch>(a, lda, source, steps, c, ldc, keep, ahead);
+  } else {
+    multiply_rows<Kind, 1, Fetch>(a, lda, source, steps, c, ldc, keep, ahead);
+  }
+}
+
+// Scores of any number of rows with the packed keys of a panel.
 template <class Kind>
-inline void multiply_panel(const uint32_t* a, int64_t lda, const float* b, int64_t steps, float* c,
-                           int64_t ldc, const float* keep, int64_t rows) {
-  for (int64_t i = 0; i < rows;) {
-    const int64_t left = rows - i;
-    const uint32_t* from = a + i * lda;
-    float* to = c + i * ldc;
-    const float* kept = keep ? keep + i : nullptr;
-    if (left >= kMostRows && left != 2 * kFewerRows) {
-      multiply_rows<Kind, kMostRows>(from, lda, b, steps, to, ldc, kept);
-      i += kMostRows;
-    } else if (left >= kFewerRows) {
-      multiply_rows<Kind, kFewerRows>(from, lda, b, steps, to, ldc, kept);
-      i += kFewerRows;
-    } else if (kFewerRows > 4 && left >= 4) {
-      multiply_rows<Kind, 4>(from, lda, b, steps, to, ldc, kept);
-      i += 4;
-    } else if (left >= 2) {
-      multiply_rows<Kind, 2>(from, lda, b, steps, to, ldc, kept);
-      i += 2;
+inline void multiply_keys(const uint32_t* a, int64_t lda, const float* panel, int64_t steps,
+                          float* c, int64_t ldc, int64_t rows, Ahead* ahead) {
+  const Packed source{panel};
+  for (int64_t i = 0, taken; i < rows; i += taken) {
+    taken = rows_at_once(rows - i);
+    if (ahead->pending()) {
+      multiply_some<Kind, 1>(a + i * lda, lda, source, steps, c + i * ldc, ldc, nullptr, taken,
+                             ahead);
     } else {
-      multiply_rows<Kind, 1>(from, lda, b, steps, to, ldc, kept);
-      i += 1;
+      multiply_some<Kind, 0>(a + i * lda, lda, source, steps, c + i * ldc, ldc, nullptr, taken,
+                             ahead);
+    }
+  }
+}
+
+// c = c * keep + a . values, for any number of rows. The values are packed into `panel` first where
+// several groups of rows use them.
+template <class Kind>
+inline void multiply_values(const uint32_t* a, int64_t lda, typename Kind::Values values,
+                            float* panel, int64_t steps, float* c, int64_t ldc, const float* keep,
+                            int64_t rows, Ahead* ahead) {
+  if (rows_at_once(rows) == rows) {
+    multiply_some<Kind, 2>(a, lda, values, steps, c, ldc, keep, rows, ahead);
+    return;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    Vec wide[kVectors];
+    values.next(wide);
+    for (int v = 0; v < kVectors; ++v) wide[v].store(panel + s * kPanel + v * Vec::width);
+  }
+  const Packed source{panel};
+  for (int64_t i = 0, taken; i < rows; i += taken) {
+    const float* kept = keep ? keep + i : nullptr;
+    taken = rows_at_once(rows - i);
+    if (ahead->pending()) {
+      multiply_some<Kind, 2>(a + i * lda, lda, source, steps, c + i * ldc, ldc, kept, taken, ahead);
+    } else {
+      multiply_some<Kind, 0>(a + i * lda, lda, source, steps, c + i * ldc, ldc, kept, taken, ahead);
     }
   }
 }

@@ -30,8 +30,8 @@ CacheType cache_type(const Cache& cache) {
   return CacheType::bf16;
 }
 
-void attention(Floats q, Floats k, Array<const float> v, Weight q_norm, Weight k_norm, float eps,
-               Array<const float> cos, Array<const float> sin, float scale, Cache cache,
+void attention(Array<const float> q, Floats k, Array<const float> v, Weight q_norm, Weight k_norm,
+               float eps, Array<const float> cos, Array<const float> sin, float scale, Cache cache,
                int64_t layer, Table page_table, Integers rows, Integers tokens, Integers before,
                Integers first, bool gated, Floats out) {
   AttentionJob job;
@@ -121,7 +121,7 @@ void bind_attention(nb::module_& m) {
         nb::arg("page_table"), nb::arg("rows"), nb::arg("tokens"), nb::arg("before"),
         nb::arg("first"), nb::arg("gated"), nb::arg("out"),
         "One attention layer after its projections. Per sequence b, tokens[b] rows from rows[b] of "
-        "q, k, v follow before[b] positions in the pages page_table[b]; q and k are overwritten.");
+        "q, k, v follow before[b] positions in the pages page_table[b]; k is overwritten.");
 }
 
 }  // namespace qnext

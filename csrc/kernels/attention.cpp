@@ -2,7 +2,8 @@
 // values; up to kTileRows of them walk the positions together, in blocks of kBlockKeys, with an
 // online softmax in base 2. Every kPiece positions the running state starts afresh, and the states
 // of a row's pieces are merged in order: so pieces can be computed by different threads, and the
-// bits are those of one thread doing all of them.
+// bits are those of one thread doing all of them. Where few tokens walk a long context, a thread
+// takes all heads of a block at once: then memory is read in the order of addresses.
 #include "attention.h"
 
 #include "attention_tiles.h"
@@ -15,6 +16,9 @@ constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kPiece = 512;
 // A tile is cut into pieces when it is more than this part of a thread's share of the work.
 constexpr int64_t kTilesPerThread = 32;
+constexpr int64_t kRowsAhead = 2;
+// With so many pieces for each thread, a piece covers all heads.
+constexpr int64_t kPiecesPerThread = 4;
 constexpr float kLog2e = 1.44269504088896341f;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -53,12 +57,18 @@ struct State {
   float* top;
   float* sum;
   float* values;  // [rows][width]
+
+  State from(const Layout& layout, int64_t row) const {
+    return {top + row, sum + row, values + row * layout.width};
+  }
 };
 
-// Rows [row, row + rows) of the tokens * group rows of one sequence, for one head of keys.
+// Rows [row, row + rows) of the tokens * group rows of one sequence, for some heads of keys.
+// What is kept for a tile is kept for all rows of the first head, then for those of the next.
 struct Tile {
   const AttentionSequence* sequence;
   int64_t head;
+  int64_t heads;  // heads * rows is at most kTileRows
   int64_t row;
   int64_t rows;
 
@@ -90,14 +100,14 @@ struct Share {
         pieces(ceil_div(limit, kPiece)),
         sequence(&s) {}
 
-  Tile tile(int64_t head, int64_t row) const {
-    return {sequence, head, row, smaller(kTileRows, rows - row)};
+  Tile tile(int64_t head, int64_t heads, int64_t row) const {
+    return {sequence, head, heads, row, smaller(kTileRows, rows - row)};
   }
   // Products of rows with positions, one head of keys.
   int64_t cost(const Layout& layout) const {
     int64_t sum = 0;
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      const Tile part = tile(0, row);
+      const Tile part = tile(0, 1, row);
       sum += part.rows * (part.limit(layout) - sequence->first);
     }
     return sum;
@@ -116,14 +126,18 @@ struct Plan {
   int64_t split_rows = 0;    // rows of states of split sequences of several pieces
   int64_t whole_tiles = 0;   // tiles that are not split
   int64_t split_cost = 0;
+  int64_t pieces = 0;        // of split sequences
   bool merged = false;       // whether a second phase merges pieces
 
   Plan(const AttentionJob& job, const Layout& layout, int threads) {
-    for (int64_t b = 0; b < job.count; ++b) total += job.kv_heads * Share(layout, job.sequences[b]).cost(layout);
+    for (int64_t b = 0; b < job.count; ++b) {
+      total += job.kv_heads * Share(layout, job.sequences[b]).cost(layout);
+    }
     for (int64_t b = 0; b < job.count; ++b) {
       const AttentionSequence& s = job.sequences[b];
       const Share share(layout, s);
       if (share.split(total, threads)) {
+        pieces += share.pieces - s.first / kPiece;
         split_cost += job.kv_heads * share.cost(layout);
         if (share.pieces > 1) {
           split_rows += share.rows * share.pieces * job.kv_heads;
@@ -153,21 +167,23 @@ struct Workspace {
   float* scores;           // [kTileRows][kBlockKeys]; then probabilities
   float* panel;            // keys or values of a panel
   float* keep;             // [kTileRows]
+  float* row;              // [H]
   State piece, total;
-  const void** rows[2];    // [kBlockKeys] rows of a block, and of the next one
-  char* zeros;             // one row of a head
+  const void** rows[2];    // [3][kBlockKeys] keys and values of a block, keys of the next one
+  char* zeros;             // one position
 
   Workspace(Cutter* cut, const AttentionJob& job, const Layout& layout)
       : q(cut->take<uint32_t>(kTileRows * job.head_size)),
         scores(cut->take<float>(kTileRows * kBlockKeys)),
         panel(cut->take<float>(kPanel * larger(job.head_size, kBlockKeys))),
         keep(cut->take<float>(kTileRows)),
+        row(cut->take<float>(job.head_size)),
         piece{cut->take<float>(kTileRows), cut->take<float>(kTileRows),
               cut->take<float>(kTileRows * layout.width)},
         total{cut->take<float>(kTileRows), cut->take<float>(kTileRows),
               cut->take<float>(kTileRows * layout.width)},
-        rows{cut->take<const void*>(2 * kBlockKeys), cut->take<const void*>(2 * kBlockKeys)},
-        zeros(cut->take<char>(job.head_size * 4)) {}
+        rows{cut->take<const void*>(3 * kBlockKeys), cut->take<const void*>(3 * kBlockKeys)},
+        zeros(cut->take<char>(layout.position)) {}
 };
 
 struct Scratch {
@@ -198,7 +214,7 @@ int64_t scratch_bytes(const AttentionJob& job, int threads) {
 
 // -- queries, keys and values of the new tokens --------------------------------------------------
 
-void norm_head(float* x, int64_t size, const float* weight, float eps) {
+void norm_head(const float* x, int64_t size, const float* weight, float eps, float* out) {
   Vec squares = Vec::zero();
   int64_t d = 0;
   for (; d + Vec::width <= size; d += Vec::width) {
@@ -212,9 +228,9 @@ void norm_head(float* x, int64_t size, const float* weight, float eps) {
   }
   const Vec scale = Vec::set(1.0f / sqrtf(squares.sum() / static_cast<float>(size) + eps));
   for (d = 0; d + Vec::width <= size; d += Vec::width) {
-    (Vec::load(x + d) * scale * Vec::load(weight + d)).store(x + d);
+    (Vec::load(x + d) * scale * Vec::load(weight + d)).store(out + d);
   }
-  if (rest) (Vec::load(x + d, rest) * scale * Vec::load(weight + d, rest)).store(x + d, rest);
+  if (rest) (Vec::load(x + d, rest) * scale * Vec::load(weight + d, rest)).store(out + d, rest);
 }
 
 void rotate_head(float* x, int64_t rotary, const float* cos, const float* sin) {
@@ -243,9 +259,13 @@ void write_head(const float* x, int64_t size, CacheType type, char* to) {
   for (; d < size; ++d) out[d] = to_bf16(x[d]);
 }
 
+void prefetch_row(const float* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 16) __builtin_prefetch(row + d, 0, 3);
+}
+
 void append(const AttentionJob& job, void* scratch, const Team& team) {
   const Layout layout(job);
-  const int64_t H = job.head_size, stride = job.gated ? 2 * H : H;
+  const int64_t H = job.head_size;
   if (team.thread == 0) static_cast<Counter*>(scratch)->value = 0;
   int64_t tokens = 0, begin, end;
   for (int64_t b = 0; b < job.count; ++b) tokens += job.sequences[b].tokens;
@@ -256,18 +276,11 @@ void append(const AttentionJob& job, void* scratch, const Team& team) {
     const int64_t last = smaller(s.tokens, end - passed);
     for (int64_t t = larger(0, begin - passed); t < last; ++t) {
       const int64_t row = s.row + t;
-      const float* cos = job.cos + row * job.rotary;
-      const float* sin = job.sin + row * job.rotary;
-      for (int64_t n = 0; n < job.heads; ++n) {
-        float* q = job.q + row * layout.q_stride + n * stride;
-        if (job.q_norm) norm_head(q, H, job.q_norm, job.eps);
-        rotate_head(q, job.rotary, cos, sin);
-      }
       char* keys = layout.keys(job, s, s.before + t);
       for (int64_t g = 0; g < job.kv_heads; ++g) {
         float* k = job.k + (row * job.kv_heads + g) * H;
-        if (job.k_norm) norm_head(k, H, job.k_norm, job.eps);
-        rotate_head(k, job.rotary, cos, sin);
+        if (job.k_norm) norm_head(k, H, job.k_norm, job.eps, k);
+        rotate_head(k, job.rotary, job.cos + row * job.rotary, job.sin + row * job.rotary);
         char* to = keys + g * H * layout.item;
         write_head(k, H, job.type, to);
         write_head(job.v + (row * job.kv_heads + g) * H, H, job.type, to + layout.half);
@@ -297,11 +310,6 @@ void find_rows(const AttentionJob& job, const Layout& layout, const Tile& tile, 
     }
   }
   for (; j < kBlockKeys; ++j) rows[j] = rows[kBlockKeys + j] = zeros;
-}
-
-void prefetch_row(const void* row, int64_t offset, int64_t bytes) {
-  const char* at = static_cast<const char*>(row) + offset;
-  for (const char* end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
 }
 
 // One row's scores [kBlockKeys] become probabilities; the row sees [low, high) of the block.
@@ -336,56 +344,65 @@ float soften(float* scores, int64_t low, int64_t high, float scale, bool fresh, 
   return keep;
 }
 
-// The state of a tile after the positions of one piece, from nothing. Positions up to `ahead` will
-// be walked by this thread after it.
+// The state of a tile after the positions of one piece, from nothing; that of head i of the tile
+// stands i * `stride` rows further on. `cold`: nobody has asked for the first keys yet. Positions up
+// to `after` will be walked by this thread next.
 template <class Kind>
 void walk_piece(const AttentionJob& job, const Layout& layout, const Tile& tile, int64_t piece,
-                int64_t ahead, const Workspace& work, const State& state) {
+                bool cold, int64_t after, const Workspace& work, const State& states,
+                int64_t stride) {
   const int64_t H = job.head_size, steps = H / Kind::kStep;
   const int64_t first = tile.sequence->first, limit = tile.limit(layout);
   const int64_t end = smaller(limit, (piece + 1) * kPiece);
   const int64_t start = larger(piece * kPiece, first / kBlockKeys * kBlockKeys);
   const float scale = job.scale * kLog2e;
-  const int64_t bytes = H * layout.item;
+  const int64_t bytes = tile.heads * H * layout.item;
   const void** rows = work.rows[0];
   const void** next = work.rows[1];
   find_rows(job, layout, tile, start, end, work.zeros, rows);
+  if (cold) Ahead(rows, kBlockKeys, bytes).fetch_rest();
   for (int64_t block = start; block < end; block += kBlockKeys) {
     const int64_t seen = smaller(kBlockKeys, end - block);
-    const bool fresh = block == start;
-    const bool more = block + kBlockKeys < ahead;
-    if (more) {
-      find_rows(job, layout, tile, block + kBlockKeys, smaller(ahead, limit), work.zeros, next);
-    }
+    const bool fresh = block == start, more = block + kBlockKeys < after;
     const int64_t i0 = tile.first_row(layout, block), count = tile.rows - i0;
-    float* scores = work.scores + i0 * kBlockKeys;
+    const void* const* values = rows + kBlockKeys;
+    if (more) {
+      find_rows(job, layout, tile, block + kBlockKeys, smaller(after, limit), work.zeros, next);
+      memcpy(rows + 2 * kBlockKeys, next, sizeof(void*) * kBlockKeys);
+    }
+    // The values of this block, then the keys of the next one.
+    Ahead ahead(values, more ? 2 * kBlockKeys : seen, bytes);
     for (int64_t j = 0; j < seen; j += kPanel) {
-      pack_keys<Kind>(rows + j, steps, work.panel);
-      if (more) {
-        for (int64_t r = j; r < j + kPanel; ++r) prefetch_row(next[r], 0, bytes);
+      for (int64_t h = 0; h < tile.heads; ++h) {
+        const int64_t at = h * tile.rows + i0;
+        pack_keys<Kind>(rows + j, h * H, steps, work.panel, &ahead);
+        multiply_keys<Kind>(work.q + at * steps, steps, work.panel, steps,
+                            work.scores + at * kBlockKeys + j, kBlockKeys, count, &ahead);
       }
-      multiply_panel<Kind>(work.q + i0 * steps, steps, work.panel, steps, scores + j, kBlockKeys,
-                           nullptr, count);
     }
     const int64_t low = larger(0, first - block);
-    for (int64_t i = i0; i < tile.rows; ++i) {
-      const int64_t high = smaller(seen, tile.limit(layout, i) - block);
-      work.keep[i] = soften<Kind>(work.scores + i * kBlockKeys, low, high, scale, fresh,
-                                  state.top + i, state.sum + i);
+    for (int64_t h = 0; h < tile.heads; ++h) {
+      const State state = states.from(layout, h * stride);
+      for (int64_t i = i0; i < tile.rows; ++i) {
+        const int64_t high = smaller(seen, tile.limit(layout, i) - block);
+        const int64_t at = h * tile.rows + i;
+        work.keep[at] = soften<Kind>(work.scores + at * kBlockKeys, low, high, scale, fresh,
+                                     state.top + i, state.sum + i);
+      }
     }
     const int64_t value_steps = ceil_div(seen, Kind::kStep);
-    for (int64_t column = 0; column < H; column += kPanel) {
-      Kind::pack_values(rows + kBlockKeys,
-                        static_cast<int>(value_steps * Kind::kStep), column, H, work.panel);
-      if (more) {
-        const int64_t at = column * layout.item;
-        const int64_t wide = smaller(kPanel * layout.item, bytes - at);
-        for (int64_t r = 0; r < kBlockKeys; ++r) prefetch_row(next[kBlockKeys + r], at, wide);
+    for (int64_t h = 0; h < tile.heads; ++h) {
+      const State state = states.from(layout, h * stride + i0);
+      const int64_t at = h * tile.rows + i0;
+      const uint32_t* weights = reinterpret_cast<const uint32_t*>(work.scores + at * kBlockKeys);
+      for (int64_t column = 0; column < H; column += kPanel) {
+        multiply_values<Kind>(weights, kBlockKeys,
+                              typename Kind::Values(values, h * H + column, (h + 1) * H),
+                              work.panel, value_steps, state.values + column, layout.width,
+                              fresh ? nullptr : work.keep + at, count, &ahead);
       }
-      multiply_panel<Kind>(reinterpret_cast<const uint32_t*>(scores), kBlockKeys, work.panel,
-                           value_steps, state.values + i0 * layout.width + column, layout.width,
-                           fresh ? nullptr : work.keep + i0, count);
     }
+    ahead.fetch_rest();
     const void** const swap = rows;
     rows = next;
     next = swap;
@@ -425,26 +442,40 @@ void finish_row(const AttentionJob& job, const Layout& layout, const AttentionSe
   }
 }
 
+// The queries of a tile, normed, rotated and packed.
 template <class Kind>
-void load_queries(const AttentionJob& job, const Layout& layout, const Tile& tile, uint32_t* q) {
+void load_queries(const AttentionJob& job, const Layout& layout, const Tile& tile,
+                  const Workspace& work) {
   const int64_t H = job.head_size, stride = job.gated ? 2 * H : H;
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t row = tile.row + i;
-    const int64_t p = tile.sequence->row + row / layout.group;
-    const int64_t n = tile.head * layout.group + row % layout.group;
-    Kind::pack_row(job.q + p * layout.q_stride + n * stride, H, q + i * (H / Kind::kStep));
+  uint32_t* to = work.q;
+  for (int64_t h = 0; h < tile.heads; ++h) {
+    for (int64_t i = 0; i < tile.rows; ++i, to += H / Kind::kStep) {
+      const int64_t row = tile.row + i;
+      const int64_t p = tile.sequence->row + row / layout.group;
+      const int64_t n = (tile.head + h) * layout.group + row % layout.group;
+      const float* q = job.q + p * layout.q_stride + n * stride;
+      // Mostly that of another head of this token; with its gate, which stays in the second cache.
+      if (n + kRowsAhead < job.heads) prefetch_row(q + kRowsAhead * stride, stride);
+      if (job.q_norm) {
+        norm_head(q, H, job.q_norm, job.eps, work.row);
+      } else {
+        memcpy(work.row, q, sizeof(float) * H);
+      }
+      rotate_head(work.row, job.rotary, job.cos + p * job.rotary, job.sin + p * job.rotary);
+      Kind::pack_row(work.row, H, to);
+    }
   }
 }
 
-// All pieces of a tile by one thread.
+// All pieces of a tile of one head by one thread.
 template <class Kind>
 void whole_tile(const AttentionJob& job, const Layout& layout, const Tile& tile, Workspace* work) {
-  load_queries<Kind>(job, layout, tile, work->q);
+  load_queries<Kind>(job, layout, tile, *work);
   const int64_t limit = tile.limit(layout), first = tile.first_piece();
   const int64_t last = tile.last_piece(limit);
-  walk_piece<Kind>(job, layout, tile, first, limit, *work, work->total);
+  walk_piece<Kind>(job, layout, tile, first, true, limit, *work, work->total, tile.rows);
   for (int64_t piece = first + 1; piece <= last; ++piece) {
-    walk_piece<Kind>(job, layout, tile, piece, limit, *work, work->piece);
+    walk_piece<Kind>(job, layout, tile, piece, false, limit, *work, work->piece, tile.rows);
     for (int64_t i = tile.first_row(layout, piece * kPiece); i < tile.rows; ++i) {
       merge_row(layout, work->total, i, work->piece, i);
     }
@@ -466,31 +497,32 @@ void split_tiles(const AttentionJob& job, const Layout& layout, const Plan& plan
     const AttentionSequence& s = job.sequences[b];
     const Share share(layout, s);
     if (!share.split(plan.total, team.threads)) continue;
-    for (int64_t g = 0; g < job.kv_heads; ++g) {
+    const bool together = plan.pieces >= kPiecesPerThread * team.threads &&
+                          share.rows * job.kv_heads <= kTileRows;
+    const int64_t heads = together ? job.kv_heads : 1, stride = share.pieces * share.rows;
+    for (int64_t g = 0; g < job.kv_heads; g += heads) {
       for (int64_t row = 0; row < share.rows; row += kTileRows) {
-        const Tile tile = share.tile(g, row);
+        const Tile tile = share.tile(g, heads, row);
         const int64_t limit = tile.limit(layout), last = tile.last_piece(limit);
         bool loaded = false;
         for (int64_t piece = tile.first_piece(); piece <= last; ++piece) {
           const int64_t from = larger(piece * kPiece, s.first);
-          const int64_t cost = tile.rows * (smaller(limit, (piece + 1) * kPiece) - from);
+          const int64_t until = smaller(limit, (piece + 1) * kPiece);
           const bool mine = begin <= passed && passed < end;
-          passed += cost;
+          passed += heads * tile.rows * (until - from);
           if (!mine) continue;
-          if (!loaded) load_queries<Kind>(job, layout, tile, work->q);
-          loaded = true;
-          // How far this thread will go in this tile: what to fetch ahead of time.
-          const int64_t ahead =
-              passed < end ? limit : smaller(limit, (piece + 1) * kPiece);
+          if (!loaded) load_queries<Kind>(job, layout, tile, *work);
           State state = work->piece;
           if (share.pieces > 1) {
-            const int64_t at = states + (g * share.pieces + piece) * share.rows + row;
-            state = {shared.split.top + at, shared.split.sum + at,
-                     shared.split.values + at * layout.width};
+            state = shared.split.from(layout, states + g * stride + piece * share.rows + row);
           }
-          walk_piece<Kind>(job, layout, tile, piece, ahead, *work, state);
-          for (int64_t i = 0; share.pieces == 1 && i < tile.rows; ++i) {
-            finish_row(job, layout, s, g, row + i, state.sum[i], state.values + i * layout.width);
+          // How far this thread will go in this tile: what to fetch ahead of time.
+          walk_piece<Kind>(job, layout, tile, piece, !loaded, passed < end ? limit : until, *work,
+                           state, share.pieces > 1 ? stride : tile.rows);
+          loaded = true;
+          for (int64_t at = 0; share.pieces == 1 && at < heads * tile.rows; ++at) {
+            finish_row(job, layout, s, g + at / tile.rows, row + at % tile.rows, state.sum[at],
+                       state.values + at * layout.width);
           }
         }
       }
@@ -540,7 +572,7 @@ void attend_as(const AttentionJob& job, const Layout& layout, const Plan& plan,
       if (number < share.tiles * job.kv_heads) {
         // The latest first: they take longest.
         const int64_t row = (share.tiles - 1 - number / job.kv_heads) * kTileRows;
-        whole_tile<Kind>(job, layout, share.tile(number % job.kv_heads, row), work);
+        whole_tile<Kind>(job, layout, share.tile(number % job.kv_heads, 1, row), work);
         break;
       }
       number -= share.tiles * job.kv_heads;
@@ -559,7 +591,7 @@ void attend(const AttentionJob& job, void* scratch, Team& team) {
   const Scratch shared(&cut, layout, plan);
   Cutter own{shared.own + team.thread * workspace_bytes(job, layout)};
   Workspace work(&own, job, layout);
-  memset(work.zeros, 0, job.head_size * 4);
+  memset(work.zeros, 0, layout.position);
 #if defined(QNEXT_ISA_avx512)
   using Bf16 = Pairs;
 #else

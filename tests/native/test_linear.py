@@ -3,9 +3,12 @@ depends on its row of W and its row of x alone."""
 
 import numpy as np
 import pytest
+import torch
+
+from qnext.weights.formats import q4_bytes, q8_bytes
 
 FORMATS = ("f32", "bf16", "q8", "q4")
-TILE, BLOCK = 32, 256
+BLOCK = 256
 
 
 def bf16_bits(x):
@@ -26,52 +29,17 @@ def aligned(data: bytes) -> np.ndarray:
     return room[start : start + len(data)]
 
 
-def lines_of(q, width):
-    """q [32, K] unsigned bytes, in lines: per `width` columns, per half of the rows."""
-    k = q.shape[1]
-    return q.reshape(TILE, k // width, width).transpose(1, 0, 2)
-
-
 def pack_q8(q, d):
     """q [rows, cols] in -127..127 and d [rows, blocks], in tiles of 32 rows."""
-    rows, cols = q.shape
-    wide = -(-cols // 32) * 32
-    tiles = -(-rows // TILE)
-    full = np.zeros((tiles * TILE, wide), np.int64)
-    full[:rows, :cols] = q
-    scales = np.zeros((tiles * TILE, d.shape[1]), np.float32)
-    scales[:rows] = d
-    out = b""
-    for tile in range(tiles):
-        part = slice(tile * TILE, (tile + 1) * TILE)
-        for block in range(d.shape[1]):
-            columns = full[part, block * BLOCK : (block + 1) * BLOCK]
-            out += scales[part, block].tobytes()
-            out += lines_of((columns + 128).astype(np.uint8), 4).tobytes()
-    return aligned(out)
+    codes = torch.from_numpy(np.array(q, np.int8))
+    return aligned(q8_bytes(torch.from_numpy(np.array(d, np.float32)), codes).numpy().tobytes())
 
 
 def pack_q4(q, s, r):
     """q [rows, cols] in -8..7, s [rows, groups of 16] in -15..15, r [rows]."""
-    rows, cols = q.shape
-    wide = -(-cols // 32) * 32
-    tiles = -(-rows // TILE)
-    full = np.zeros((tiles * TILE, wide), np.int64)
-    full[:rows, :cols] = q
-    scales = np.zeros((tiles * TILE, wide // 16), np.int8)
-    scales[:rows, : s.shape[1]] = s
-    factors = np.zeros(tiles * TILE, np.float32)
-    factors[:rows] = r
-    out = b""
-    for tile in range(tiles):
-        part = slice(tile * TILE, (tile + 1) * TILE)
-        out += factors[part].tobytes()
-        for k in range(0, wide, 32):
-            group = k // 16
-            out += scales[part, group].tobytes() + scales[part, group + 1].tobytes()
-            eight = lines_of((full[part, k : k + 32] + 8).astype(np.uint8), 8)
-            out += (eight[..., :4] | (eight[..., 4:] << 4)).tobytes()
-    return aligned(out)
+    codes, scales = (torch.from_numpy(np.array(part, np.int8)) for part in (q, s))
+    factors = torch.from_numpy(np.array(r, np.float32))
+    return aligned(q4_bytes(factors, scales, codes).numpy().tobytes())
 
 
 class Weights:
