@@ -107,3 +107,25 @@ def test_llama_cpp_reads_it_and_gives_the_same_logits(folder):
     # chooses another expert. A row in the wrong place gives an error of about 1.
     error = (torch.from_numpy(logits) - ours).square().mean().sqrt() / ours.square().mean().sqrt()
     assert error < 0.1
+
+
+def test_a_state_of_llama_cpp_is_stretched(folder):
+    pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
+    from qnext.bench.llama_cpp import LlamaModel, stretch
+
+    model = LlamaModel(write_gguf(folder, folder.parent / "third.gguf"), threads=1)
+    try:
+        for flash in (0, 1):
+            context = model.context(300, sequences=2, flash=flash)
+            context.run([(7 * i % 512, i, 0) for i in range(64)], [])
+            state = context.state()
+            assert stretch(state, 64) == state
+            context.clear()
+            for sequence in range(2):
+                context.load(stretch(state, 200), sequence)
+                assert context.length(sequence) == 200
+            rows = context.run([(3, 200, 0), (3, 200, 1)], range(2))
+            assert np.isfinite(rows).all()
+            np.testing.assert_allclose(rows[0], rows[1], atol=1e-2)
+    finally:
+        model.close()

@@ -217,45 +217,60 @@ _LAYOUT = (
 def stretch(state: bytes, length: int) -> bytes:
     """A saved state of n tokens as one of ``length``: keys and values repeat, the rest stays.
 
-    The layout: streams; cells; position and sequences of each; whether values are transposed;
+    The layout: a header; streams, and of each that is not empty: cells; position and sequences of each; whether values are transposed;
     layers; per layer type, bytes of a row and the keys; per layer the values likewise, or per
     column if transposed; then the recurrent part, of one cell whose position is the last token's.
     Raises BackendError for a state of another layout.
     """
     read = _Reader(memoryview(state))
-    if read.number("<u4") != 1:
+    out = [read.take(8)]
+    streams = read.number("<u4")
+    out.append(np.array([streams], "<u4").tobytes())
+    last = -1
+    for _ in range(streams):
+        cells = read.number("<u4")
+        if not cells:
+            out.append(np.array([0], "<u4").tobytes())
+            continue
+        out += _stretched_cells(read, cells, length)
+        last = cells - 1
+    if read.number("<u4") != 1 or read.number("<i4") != last:
         raise BackendError(_LAYOUT)
-    cells = read.number("<u4")
+    out.append(np.array([1, length - 1], "<i4").tobytes())
+    return b"".join([*out, read.take(len(state) - read.at)])
+
+
+def _stretched_cells(read: _Reader, cells: int, length: int) -> list[bytes]:
     ids = []
     for i in range(cells):
         if read.number("<i4") != i:
             raise BackendError(_LAYOUT)
         ids.append(read.take(4 * read.number("<u4")))
-    count = len(ids[0]) // 4
-    out = [np.array([1, length], "<u4").tobytes()]
+    out = [np.array([length], "<u4").tobytes()]
     for i in range(length):
-        out.append(np.array([i, count], "<i4").tobytes() + ids[0])
+        out.append(np.array([i, len(ids[0]) // 4], "<i4").tobytes() + ids[0])
     times = -(-length // cells)
     is_transposed, layers = read.number("<u4"), read.number("<u4")
     out.append(np.array([is_transposed, layers], "<u4").tobytes())
     for _ in range(layers):
-        head = read.take(12)
-        row = int(np.frombuffer(head[4:], "<u8")[0])
-        out += [head, (read.take(cells * row) * times)[: length * row]]
+        out += _stretched_rows(read, cells, length)
     for _ in range(layers):
-        head = read.take(12)
         if not is_transposed:
-            row = int(np.frombuffer(head[4:], "<u8")[0])
-            out += [head, (read.take(cells * row) * times)[: length * row]]
+            out += _stretched_rows(read, cells, length)
             continue
+        head = read.take(12)
         size, columns = (int(n) for n in np.frombuffer(head[4:], "<u4"))
         values = np.frombuffer(read.take(cells * size * columns), np.uint8)
         wide = np.tile(values.reshape(columns, cells * size), times)[:, : length * size]
         out += [head, wide.tobytes()]
-    if read.number("<u4") != 1 or read.number("<i4") != cells - 1:
-        raise BackendError(_LAYOUT)
-    out.append(np.array([1, length - 1], "<i4").tobytes())
-    return b"".join([*out, read.take(len(state) - read.at)])
+    return out
+
+
+def _stretched_rows(read: _Reader, cells: int, length: int) -> list[bytes]:
+    head = read.take(12)
+    row = int(np.frombuffer(head[4:], "<u8")[0])
+    times = -(-length // cells)
+    return [head, (read.take(cells * row) * times)[: length * row]]
 
 
 # -- the contestant ------------------------------------------------------------------------------
