@@ -217,7 +217,8 @@ _LAYOUT = (
 def stretch(state: bytes, length: int) -> bytes:
     """A saved state of n tokens as one of ``length``: keys and values repeat, the rest stays.
 
-    The layout: a header; streams, and of each that is not empty: cells; position and sequences of each; whether values are transposed;
+    The layout: a header; streams, and of each that is not empty: cells; position and sequences of
+    each; whether values are transposed;
     layers; per layer type, bytes of a row and the keys; per layer the values likewise, or per
     column if transposed; then the recurrent part, of one cell whose position is the last token's.
     Raises BackendError for a state of another layout.
