@@ -24,6 +24,7 @@ FORMATS = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7, "BF16": None}
 """Name -> number llama.cpp has for it (its ``llama_ftype``); None for what the writer writes."""
 LIKE = {"q4": ("Q4_0", "Q4_K_M"), "q8": ("Q8_0",)}
 SEED_TOKENS = 64
+WARM_TOKENS = 512
 _STEP_TOKENS = 2048
 _AUTO, _OFF, _ON = -1, 0, 1
 
@@ -284,6 +285,11 @@ class LlamaPeer:
         self.format, self.name = format, f"llama.cpp {format}"
         self.model = LlamaModel(path, threads=threads)
         self._sizes = tensor_bytes(path)
+        # A prompt that reaches every expert: no timed step waits for the disk.
+        warm = LlamaSession(self.model, Case(kind="prefill", rows=WARM_TOKENS, steps=1), _AUTO)
+        warm.reset()
+        warm.step()
+        self.model.free_contexts()
 
     def open(self, case: Case) -> Mapping[str, "LlamaSession"]:
         """One session at an empty context; with one, flash attention on and off."""
