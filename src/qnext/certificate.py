@@ -29,7 +29,7 @@ from qnext.text.tokenizer import Tokenizer
 from qnext.weights.calibrate import calibrate
 from qnext.weights.checkpoint import load_model
 from qnext.weights.formats import PackedExperts, PackedMatrix, unpack
-from qnext.weights.packed import PackedModel, Part, parts, unpack_into_model
+from qnext.weights.packed import PackedModel, Part, open_packed, parts, unpack_into_model
 from qnext.weights.quantize import Quantised, finish, quantize
 from qnext.weights.source import SourceReader
 
@@ -41,6 +41,7 @@ ROW_TOKENS = 512
 KEPT_LOGITS = 500_000_000
 """Most logits of the source that are kept for the comparison; longer texts are cut."""
 SAMPLED_EXPERTS = 16
+_MAPPED_BYTES = 500_000_000
 _CALIBRATION_TOKENS = 16_384
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -103,7 +104,7 @@ def _certify(
         "files": dict(written.checksums),
         "calibrated_on": calibrated,
         "text": text,
-        "weights": weight_errors(reader, packed),
+        "weights": weight_errors(reader, packed.folder),
     }
     if runs:
         found["forward"] = compare(
@@ -199,15 +200,20 @@ def _forward_bytes(reader: SourceReader) -> int:
 # -- weights -------------------------------------------------------------------------------------
 
 
-def weight_errors(reader: SourceReader, packed: PackedModel) -> list[dict[str, Any]]:
+def weight_errors(reader: SourceReader, folder: Path) -> list[dict[str, Any]]:
     """Relative error of every packed weight: root of the squared error over the squared weights.
 
     Of layers with more than 16 experts, 16 at equal distances are compared.
     """
     found = []
+    packed, seen = open_packed(folder), 0
     for part in parts(reader.config, packed.bits):
         if part.format is None:
             continue
+        # A new mapping from time to time, so that the pages that were read do not add up.
+        seen += math.prod(part.stored_shape)
+        if seen > _MAPPED_BYTES:
+            packed, seen = open_packed(folder), 0
         error = norm = 0.0
         for before, after in _pairs(part, reader, packed):
             error += float((after - before).square().sum(dtype=torch.float64))

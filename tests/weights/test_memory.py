@@ -95,3 +95,39 @@ def test_the_peak_is_hardly_more_than_the_model(folders, layout, dtype, record_p
     assert 0.9 < ratio <= LARGEST_RATIO, "below 0.9 the measurement itself is wrong"
     assert mapped == "released"
     assert done.stderr == ""
+
+
+QUANTISE = """
+import sys
+from pathlib import Path
+from qnext.weights.quantize import quantize
+
+def status(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+quantize(sys.argv[1], sys.argv[2] + "-first", 4)  # whatever is imported or started on first use
+before = status("VmRSS")
+quantize(sys.argv[3], sys.argv[2], 4)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="reads the peak memory from /proc (Linux)"
+)
+def test_quantising_holds_a_part_of_the_model_only(folders, tmp_path) -> None:
+    source = folders["sharded"]
+    command = [sys.executable, "-c", QUANTISE, folders["tiny"], str(tmp_path / "out"), source]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    # One matrix, its packed form, what rounding needs, and the pages that were read last; the
+    # same for any model. Source and result together would be 480 MB.
+    assert size > 370e6
+    assert int(done.stdout) < 330e6
