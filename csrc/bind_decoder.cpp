@@ -169,6 +169,7 @@ void bind_decoder(nb::module_& m) {
              self.settle(slot, pending, kept, pool());
            })
       .def_prop_ro("workspace_bytes", &Decoder::workspace_bytes)
+      .def_prop_ro("experts_read", &Decoder::experts_read)
       .def(
           "forward",
           [](Decoder& self, Array<const int32_t> ids, Array<const int64_t> sequences,

@@ -206,6 +206,7 @@ int64_t Decoder::workspace_bytes() const {
 // Before the threads start: every shared buffer has its size, so that they only write into them.
 void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
   if (!work_) work_ = std::make_shared<Work>();
+  experts_read_ = 0;
   Work& w = *work_;
   w.linear = &linear_kernels(current_isa());
   w.norm = &norm_kernels(current_isa());
@@ -658,6 +659,7 @@ void Decoder::group_by_expert(int64_t experts, int64_t rows) {
     if (w.start[e + 2]) w.active.push_back(static_cast<int32_t>(e));
     w.start[e + 2] += w.start[e + 1];
   }
+  experts_read_ += static_cast<int64_t>(w.active.size());
   for (int64_t p = 0; p < rows; ++p) {
     for (int64_t x = 0; x < k; ++x) {
       const int64_t at = w.start[ids[p * k + x] + 1]++;

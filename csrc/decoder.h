@@ -123,6 +123,9 @@ class Decoder {
   // Bytes of the working buffers at present.
   int64_t workspace_bytes() const;
 
+  // Distinct routed experts that the last step read, summed over its layers.
+  int64_t experts_read() const { return experts_read_; }
+
  private:
   struct Work;
   void reserve(const Step& step, int threads, bool is_mtp);
@@ -140,6 +143,7 @@ class Decoder {
   void finish(const Step& step, const float* norm, Team& team);
 
   std::shared_ptr<Work> work_;
+  int64_t experts_read_ = 0;
 };
 
 }  // namespace qnext

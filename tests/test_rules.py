@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "serve": {"engine", "text", "weights", "llm", "cost", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
             "doctor", "info", "terminal_chat", "cache_command", "quantization", "certificate",
-            "errors"},
+            "bench", "errors"},
+    "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
     "cache_command": {"engine", "errors"},
     "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
                     "errors"},
@@ -40,8 +41,10 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate"},
-    "transformers": set(),
+    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate", "bench"},
+    "transformers": {"bench"},
+    "gguf": {"bench"},
+    "llama_cpp": {"bench"},
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "msgspec": {"serve"},

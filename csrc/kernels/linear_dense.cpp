@@ -1,6 +1,6 @@
 // Products with f32 and bf16 matrices as checkpoints store them. A vector runs along the columns:
-// every lane adds its columns in rising order, then the lanes are added in one fixed order, whatever
-// the number of rows and activations that are computed together.
+// every lane adds its columns in rising order, then the lanes are added in one fixed order,
+// whatever the number of rows and activations that are computed together.
 #include "linear_rows.h"
 
 namespace qnext::QNEXT_ISA {

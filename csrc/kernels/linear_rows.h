@@ -21,9 +21,9 @@ using Bf16Input = bf16;
 using Bf16Input = float;  // rounded to bf16
 #endif
 
-// q8 and q4: groups of 16 columns, then one float scale per block of 256 columns, then per block the
-// integer from which its sum starts: -128 times the sum of its activations, because weights are
-// stored 128 too large.
+// q8 and q4: groups of 16 columns, then one float scale per block of 256 columns, then per block
+// the integer from which its sum starts: -128 times the sum of its activations, because weights
+// are stored 128 too large.
 struct QuantRow {
   int64_t groups;  // of 16 columns, even
   int64_t blocks;

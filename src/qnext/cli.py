@@ -1,4 +1,4 @@
-"""The command line: ``qnext generate | chat | serve | info | doctor``.
+"""The command line: ``qnext generate | chat | serve | info | doctor | bench | ...``.
 
 Parsing and dispatch only. Heavy imports stand inside the commands, so that ``--help`` and mistakes
 in arguments are answered at once. An error meant for the user is its message on stderr and exit
@@ -200,9 +200,22 @@ def cache(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure how fast this machine runs a model."""
+    from qnext.bench.report import render, run
+
+    report = run(arguments)
+    if arguments.plot:
+        from qnext.bench.plots import draw
+
+        draw(report, Path(arguments.plot))
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
+    return 0
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
-    "cache": cache, "quantize": quantize, "synth": synth,
+    "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
 }  # fmt: skip
 
 
@@ -413,6 +426,14 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("folder", metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
 
+    one = _command(commands, "bench", "how fast this machine runs a model, and its limits")
+    one.add_argument(
+        "what", choices=("decode", "verify", "prefill", "batch", "kernels"),
+        help="answers, checking drafts, prompts, several sequences at once, or single products",
+    )  # fmt: skip
+    _add_model(one, "model folder (packed or not) or embedded name")
+    _add_bench(one)
+
     one = _command(commands, "doctor", "what this machine offers and what is in the way")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -499,6 +520,42 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=_threads, metavar="N", help="threads (default: one per core)"
+    )
+    parser.add_argument(
+        "--context", type=_count, nargs="+", default=[0], metavar="N",
+        help="tokens a sequence has already; several are measured one after another (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=_positive, nargs="+", metavar="N",
+        help="tokens of a prompt (default: 512), or rows of a verifying step (default: 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sequences", type=_positive, nargs="+", default=[8], metavar="N",
+        help="sequences of a batch (default: 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repetitions", type=_positive, default=7, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the results (needs matplotlib)")
+    group = parser.add_argument_group("comparing", "the other program runs in turn with qnext")
+    group.add_argument(
+        "--against", choices=("llama.cpp", "transformers"),
+        help="needs the package llama-cpp-python and gguf, or transformers",
+    )  # fmt: skip
+    group.add_argument(
+        "--gguf-format", action="append", choices=("Q4_0", "Q4_K_M", "Q8_0", "BF16"),
+        help="format for llama.cpp; repeatable (default: those with as many bits)",
+    )  # fmt: skip
+    group.add_argument(
+        "--gguf", metavar="DIR",
+        help="folder the GGUF files are written to and looked for in (default: MODEL-gguf)",
+    )  # fmt: skip
+
+
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     group = parser.add_argument_group("sampling", "left out: what generation_config.json says")
     left_out = "until the context is full" if max_tokens is None else str(max_tokens)
@@ -519,6 +576,12 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) ->
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, found {text!r}")
     return int(text)
 
 

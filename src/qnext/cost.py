@@ -5,6 +5,7 @@ loaded and torch is not imported. FLOPs count a multiply-add as two. The figures
 models (technical report and model cards of Qwen3 and Qwen3-Next) are reproduced by the tests.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import prod
 
@@ -44,6 +45,12 @@ class Weight:
     def size(self) -> int:
         """Numbers in one of the tensors."""
         return prod(self.shape)
+
+    def is_packed(self, bits: Bits | None) -> bool:
+        """Whether a model of these bits packs it (None: nothing is packed)."""
+        if bits is None or self.part is None:
+            return False
+        return format_of(getattr(bits, self.part)) is not None
 
     def nbytes(self, dtype: str | Bits) -> float:
         """Bytes of one of the tensors in a checkpoint of this dtype, scales and padding included.
@@ -325,6 +332,87 @@ def decode_bytes(
         weights=round(weights),
         kv=kv_bytes_per_token(config, cache) * context,
         state=2 * state,
+    )
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """What one step of the main model moves and computes at least."""
+
+    weights: float
+    """Bytes read: every matrix once, of the routed experts those that were chosen."""
+    kv: float
+    """Bytes read: keys and values of the contexts."""
+    state: float
+    """Bytes read and written: recurrent states and convolution windows."""
+    integer_operations: float
+    """Operations (an addition is one, a product is one) with packed weights."""
+    float_operations: float
+    """Operations with other weights, in attention and in the delta rule."""
+
+    @property
+    def bytes(self) -> float:
+        """All that has to pass through memory."""
+        return self.weights + self.kv + self.state
+
+    def seconds(self, *, bandwidth: float, integers: float, floats: float) -> float:
+        """The limit: the larger of byte time and operation time, given what there is per second."""
+        operations = self.integer_operations / integers + self.float_operations / floats
+        return max(self.bytes / bandwidth, operations)
+
+
+def step_cost(
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    *,
+    bits: Bits | None = None,
+    contexts: Sequence[int],
+    rows: int = 1,
+    logit_rows: int | None = None,
+    experts: float | None = None,
+) -> StepCost:
+    """One step of ``len(contexts)`` sequences with ``rows`` new tokens each.
+
+    ``contexts`` are the tokens each sequence has already. ``logit_rows`` counts tokens the head is
+    run on (all, if left out). ``experts`` counts the distinct routed experts that were read, summed
+    over the layers; left out, those of a single token. Recurrent states are read and written once
+    per sequence, keys and values read once, however many rows there are.
+    """
+    cache = cache_dtype(dtype)
+    tokens = rows * len(contexts)
+    logit_rows = tokens if logit_rows is None else logit_rows
+    weights = integers = floats = 0.0
+    for weight in _main(config):
+        size = weight.nbytes(bits or dtype)
+        if weight.component == "embedding":
+            weights += tokens * size / weight.shape[0]
+            continue
+        read = float(weight.used)
+        if weight.component == "routed_experts" and experts is not None:
+            # The two kinds of matrices of an expert, of all sparse layers, share one count.
+            layers = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
+            read *= experts / layers / config.num_experts_per_tok
+        weights += read * size
+        if weight.is_matrix:
+            count = logit_rows if weight.component == "lm_head" else tokens
+            operations = 2.0 * weight.used * weight.size * count
+            if weight.is_packed(bits):
+                integers += operations
+            else:
+                floats += operations
+    seen = sum(rows * context + rows * (rows + 1) // 2 for context in contexts)
+    floats += attention_flops(config) * seen
+    floats += delta_flops(config, chunked=rows >= CHUNK) * tokens
+    state = state_bytes_per_sequence(config) + conv_bytes_per_sequence(config, cache)
+    return StepCost(
+        weights=weights,
+        kv=float(kv_bytes_per_token(config, cache) * sum(contexts)),
+        state=2.0 * state * len(contexts),
+        integer_operations=integers,
+        float_operations=floats,
     )
 
 
