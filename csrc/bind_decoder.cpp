@@ -76,16 +76,18 @@ void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const in
 void bind_decoder(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def(nb::init<>())
+      // The caller keeps the memory alive: one object per array would be slow for 50,000 experts.
       .def("__init__",
-           [](Matrix* self, int format, int64_t rows, int64_t cols, Array<const uint8_t> data) {
+           [](Matrix* self, int format, int64_t rows, int64_t cols, uintptr_t address,
+              int64_t bytes) {
              const auto kind = static_cast<Format>(format);
-             if (static_cast<int64_t>(data.size()) < matrix_bytes(kind, rows, cols)) {
+             if (bytes < matrix_bytes(kind, rows, cols)) {
                throw nb::value_error("Matrix: the data are shorter than the shape says.");
              }
-             if (format >= 2 && reinterpret_cast<uintptr_t>(data.data()) % 64) {
+             if (format >= 2 && address % 64) {
                throw nb::value_error("Matrix: packed data must start on a 64-byte line.");
              }
-             new (self) Matrix{kind, rows, cols, data.data()};
+             new (self) Matrix{kind, rows, cols, reinterpret_cast<const void*>(address)};
            })
       .def_ro("rows", &Matrix::rows)
       .def_ro("cols", &Matrix::cols);

@@ -36,7 +36,7 @@ MAY_IMPORT = {
                     "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
     "terminal_chat": {"engine", "llm", "errors"},
-    "doctor": {"__init__", "native", "model", "weights", "ops", "config", "errors"},
+    "doctor": {"__init__", "native", "engine", "model", "weights", "ops", "config", "errors"},
 }  # fmt: skip
 
 # Third-party packages confined to a part of the tree.

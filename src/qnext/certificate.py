@@ -24,7 +24,7 @@ from qnext import __version__, native
 from qnext.errors import CheckpointError, DataError
 from qnext.model.batch import TokenBatch
 from qnext.model.model import CausalLM
-from qnext.quantization import Bits
+from qnext.quantization import TILE_ROWS, Bits, tile_bytes
 from qnext.text.tokenizer import Tokenizer
 from qnext.weights.calibrate import calibrate
 from qnext.weights.checkpoint import load_model
@@ -41,6 +41,7 @@ ROW_TOKENS = 512
 KEPT_LOGITS = 500_000_000
 """Most logits of the source that are kept for the comparison; longer texts are cut."""
 SAMPLED_EXPERTS = 16
+_STRIP_ROWS = 128 * TILE_ROWS
 _MAPPED_BYTES = 500_000_000
 _CALIBRATION_TOKENS = 16_384
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -251,10 +252,18 @@ def _pairs(
             yield before(back), unpack(down.one(e))[0]
         return
     weight = packed[part.name]
-    assert isinstance(weight, PackedMatrix | PackedExperts)
-    value = unpack(weight)
-    tensors = [before(name) for name in part.inputs]
-    yield torch.cat(tensors), value[0] if isinstance(weight, PackedExperts) else value
+    if isinstance(weight, PackedMatrix):
+        # In strips: an output head in float32 would be the largest thing in memory.
+        stored, tile = reader.read(part.name), tile_bytes(weight.format, weight.cols)
+        for first in range(0, weight.rows, _STRIP_ROWS):
+            rows = stored[first : first + _STRIP_ROWS].float()
+            start = first // TILE_ROWS * tile
+            data = weight.data[start : start + _STRIP_ROWS // TILE_ROWS * tile]
+            yield rows, unpack(PackedMatrix(weight.format, len(rows), weight.cols, data))
+        reader.done_with(part.name)
+        return
+    assert isinstance(weight, PackedExperts)
+    yield torch.cat([before(name) for name in part.inputs]), unpack(weight)[0]
 
 
 # -- texts ---------------------------------------------------------------------------------------

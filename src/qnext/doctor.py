@@ -50,7 +50,8 @@ def examine() -> list[Check]:
     checks += [_processor(), *_cores(), _memory()]
     if importlib.util.find_spec("torch") is not None:
         kernels = _kernels()
-        checks += [*_threads(), _accelerator(), *kernels, _native()]
+        kernels.append(_native())
+        checks += [*_threads(), _accelerator(), *kernels]
         if is_fine(kernels):
             checks.append(_self_test())
         checks.append(_embedded())
@@ -212,20 +213,41 @@ def _kernels() -> list[Check]:
 
 
 def _native() -> Check:
+    from qnext import native
+    from qnext.errors import BackendError
+
+    try:
+        reason = native.unfit()
+    except BackendError as error:
+        remedy = "Correct or unset QNEXT_ISA."
+        return Check(name="native code", status="problem", found=str(error), remedy=remedy)
+    if reason is None:
+        module = native.load()
+        best = "" if module.isa() == module.best_isa() else f", of {module.best_isa()}"
+        return Check(
+            name="native code", status="ok",
+            found=f"kernels for {module.isa()}{best}; models on the CPU run on them",
+        )  # fmt: skip
     return Check(
         name="native code",
-        status="ok",
-        found="this version has none; kernels run through PyTorch, which costs time in the delta "
-        "rule and in small expert products, never accuracy",
+        status="note",
+        found="missing; everything runs through PyTorch",
+        remedy=f"{reason[0].upper()}{reason[1:]} Without them answers are the same up to rounding, "
+        "quantised weights are unpacked, and decoding is several times slower "
+        "(qnext bench decode measures it).",
     )
 
 
 def _self_test() -> Check:
-    """Logits of a small random model with every kind of layer: chosen kernels and references."""
+    """Logits of a small random model with every kind of layer: kernels and references."""
     import torch
 
+    from qnext import native
     from qnext.config import ModelConfig
+    from qnext.engine.native_runner import NativeRunner
+    from qnext.engine.runner import Work
     from qnext.model.model import CausalLM, initialise
+    from qnext.model.native import NativeModel
     from qnext.ops import select
 
     config = ModelConfig.from_dict(
@@ -238,14 +260,20 @@ def _self_test() -> Check:
             "shared_expert_intermediate_size": 16,
         }
     )  # fmt: skip
-    ids = torch.arange(40)[None] % 64
+    ids = torch.arange(40) % 64
     logits = []
     for prefer in (None, {"all": "reference"}):
         model = CausalLM(config, ops=select(prefer=prefer))
         initialise(model, seed=0)
         with torch.inference_mode():
-            logits.append(model(ids).logits)
-    gap = float((logits[0] - logits[1]).abs().max())
+            logits.append(model(ids[None]).logits[0])
+    if native.unfit() is None:
+        runner = NativeRunner(
+            NativeModel.from_model(model), num_slots=1, num_pages=1, track_mtp=False
+        )
+        work = Work(slot=runner.open(), pages=[0], start=0, ids=ids.tolist(), rows=range(40))
+        logits.append(runner.forward([work]))
+    gap = max(float((found - logits[1]).abs().max()) for found in logits)
     found = f"kernels and references differ by {gap:.1e} on a small model"
     if gap <= LARGEST_GAP:
         return Check(name="self-test", status="ok", found=found)

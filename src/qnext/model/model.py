@@ -43,7 +43,11 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn: initialise() or a checkpoint gives every parameter its value, and drawing on
+        # the meta device makes torch load its compiler, which takes longer than mapping a model.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         numbers = {"linear_attention": 0, "full_attention": 0}
         layers = []
         for i, kind in enumerate(config.layer_types):

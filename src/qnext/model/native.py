@@ -7,7 +7,7 @@ projections, mixers and experts in the order of ``model.py``, activations in flo
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,16 @@ class PackedStack(Protocol):
 
     @property
     def format(self) -> str: ...
-    def matrix(self, index: int) -> Packed: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def stored_rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def data(self) -> Tensor: ...
+    @property
+    def stride(self) -> int: ...
 
 
 Weight = Tensor | Packed | PackedStack
@@ -185,7 +194,7 @@ class NativeModel:
         ff = self._native.FeedForward()
         ff.width = width
         if f"{prefix}gate_up_proj.weight" in self._weights:
-            ff.gate_up = self._stacked(f"{prefix}gate_up_proj.weight", 0)
+            [ff.gate_up] = self._stack(f"{prefix}gate_up_proj.weight")
         else:
             ff.gate = self._matrix(f"{prefix}gate_proj.weight")
             ff.up = self._matrix(f"{prefix}up_proj.weight")
@@ -194,42 +203,49 @@ class NativeModel:
 
     def _experts(self, prefix: str) -> Iterator[Any]:
         width = self.config.moe_intermediate_size
-        stacked = f"{prefix}gate_up_proj" in self._weights
-        for e in range(self.config.num_experts):
-            if not stacked:
+        if f"{prefix}gate_up_proj" not in self._weights:
+            for e in range(self.config.num_experts):
                 yield self._feed_forward(f"{prefix}{e}.", width)
-                continue
+            return
+        stacks = self._stack(f"{prefix}gate_up_proj"), self._stack(f"{prefix}down_proj")
+        for gate_up, down in zip(*stacks, strict=True):
             ff = self._native.FeedForward()
-            ff.width = width
-            ff.gate_up = self._stacked(f"{prefix}gate_up_proj", e)
-            ff.down = self._stacked(f"{prefix}down_proj", e)
+            ff.width, ff.gate_up, ff.down = width, gate_up, down
             yield ff
 
-    def _stacked(self, name: str, index: int) -> Any:
+    def _stack(self, name: str) -> list[Any]:
+        """The matrices of a stack: all experts of a projection, or the one pair of a dense part."""
         weight = self._weights[name]
         if isinstance(weight, Tensor):
-            return self._of_tensor(weight[index])
-        return self._of_packed(weight.matrix(index))  # type: ignore[union-attr]
+            if weight.dtype not in _TORCH:
+                weight = weight.float()
+            weight = weight.detach().contiguous()
+            self._alive.append(weight)
+            count, rows, cols = weight.shape
+            format, stride = _TORCH[weight.dtype], weight.stride(0) * weight.element_size()
+            data = weight
+        else:
+            stack = cast("PackedStack", weight)
+            count, rows, cols = stack.count, stack.stored_rows, stack.cols
+            format, stride, data = stack.format, stack.stride, stack.data
+        first, kind = data.data_ptr(), FORMATS[format]
+        return [
+            self._native.Matrix(kind, rows, cols, first + e * stride, stride) for e in range(count)
+        ]
 
     def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
-            return self._of_tensor(weight)
-        return self._of_packed(weight)  # type: ignore[arg-type]
-
-    def _of_packed(self, weight: Packed) -> Any:
-        data = weight.data.flatten()
-        return self._native.Matrix(FORMATS[weight.format], weight.rows, weight.cols, data)
-
-    def _of_tensor(self, weight: Tensor) -> Any:
-        weight = weight.detach()
-        if weight.dtype not in _TORCH:
-            weight = weight.float()
-        weight = weight.contiguous()
-        data = weight.view(torch.uint8)
-        self._alive.append(data)
-        rows, cols = weight.shape
-        return self._native.Matrix(FORMATS[_TORCH[weight.dtype]], rows, cols, data.flatten())
+            if weight.dtype not in _TORCH:
+                weight = weight.float()
+            weight = weight.detach().contiguous()
+            self._alive.append(weight)
+            (rows, cols), format, data = weight.shape, _TORCH[weight.dtype], weight
+        else:
+            packed = cast("Packed", weight)
+            rows, cols, format, data = packed.rows, packed.cols, packed.format, packed.data
+        size = data.numel() * data.element_size()
+        return self._native.Matrix(FORMATS[format], rows, cols, data.data_ptr(), size)
 
     def _conv(self, layer: Any, where: str) -> None:
         weight = self._weights[where]
