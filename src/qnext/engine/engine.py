@@ -23,12 +23,13 @@ from qnext import cost
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
+from qnext.engine.drafting import draft, read_up
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, Usage
-from qnext.engine.runner import MtpWork, Runner, Work
-from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of, sample
+from qnext.engine.runner import Runner, Work
+from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
@@ -343,7 +344,8 @@ class Engine:
                 rows.append(self._row(twin, ()))
                 wanted.append(last - 1)
             at = last
-        chosen = logits[wanted] if rows else logits
+        every = len(wanted) == logits.shape[0] and wanted == list(range(len(wanted)))
+        chosen = logits[wanted] if rows and not every else logits
         tokens: list[int] = []
         rivals: list[Rivals] = []
         if rows:
@@ -573,51 +575,18 @@ class Engine:
         ]  # fmt: skip
         if not reading:
             return
-        logits = self.runner.fill([self._reading(s) for s in reading])
-        drafting = [s for s in reading if counts.get(s, 0)]
-        places = [i for i, s in enumerate(reading) if counts.get(s, 0)]
-        logits = logits[places]
-        step = 1
-        while drafting:
-            rows = [self._row(s, s.drafts) for s in drafting]
-            tokens = sample(logits, rows, defined_ids=self.defined_ids)
-            for sequence, token in zip(drafting, tokens, strict=True):
-                sequence.drafts.append(token)
-            step += 1
-            drafting = [s for s in drafting if counts[s] >= step]
-            if drafting:
-                logits = self.runner.draft([self._drafting(s) for s in drafting])
+        proposals = draft(
+            self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
+            defined_ids=self.defined_ids,
+        )  # fmt: skip
+        for sequence, tokens in zip(reading, proposals, strict=True):
+            sequence.drafts.extend(tokens)
         if len(decoding) == len(reading) and set(counts.values()) == {k}:
             self.policy.drafted(len(decoding), k, self._clock() - started)
 
     def _drafts_for(self, sequence: Running, k: int) -> int:
         """Never more than can still be emitted after the next token."""
         return min(k, sequence.max_tokens - len(sequence.output_ids) - 1)
-
-    def _reading(self, sequence: Running) -> MtpWork:
-        """MTP rows for everything up to the newest known token."""
-        assert sequence.slot is not None
-        start, end = sequence.mtp_len, sequence.done + 1
-        work = MtpWork(
-            slot=sequence.slot,
-            pages=sequence.pages,
-            start=start,
-            ids=sequence.tokens(start, end),
-            first=sequence.mtp_first,
-        )
-        sequence.mtp_len = end
-        return work
-
-    def _drafting(self, sequence: Running) -> MtpWork:
-        """One provisional MTP row for the last draft; the next reading writes over it."""
-        assert sequence.slot is not None
-        return MtpWork(
-            slot=sequence.slot,
-            pages=sequence.pages,
-            start=sequence.length - 1 + len(sequence.drafts),
-            ids=sequence.drafts[-1:],
-            first=sequence.mtp_first,
-        )
 
     def _plant(self, items: Sequence[Item]) -> None:
         """Enter the snapshots taken in this step into the prefix cache."""
@@ -632,7 +601,7 @@ class Engine:
             return
         behind = [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
         if behind:
-            self.runner.fill([self._reading(s) for s in behind])
+            self.runner.fill([read_up(s) for s in behind])
 
     # -- ends ------------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ class NativeRunner(Runner):
     At most ``num_speculative`` sequences have drafts, ``max_drafts`` each.
     """
 
+    proposes = True
+
     def __init__(
         self,
         model: NativeModel,
@@ -42,7 +44,6 @@ class NativeRunner(Runner):
         )
         self._set_up(self._deferred, track_mtp=track_mtp)
 
-    @torch.inference_mode()
     def forward(self, works: Sequence[Work]) -> Tensor:
         self._own_backlog()
         cache = self._deferred
@@ -77,6 +78,35 @@ class NativeRunner(Runner):
         cache.remember(hidden, captures)
         self._works, self._hidden = works, hidden
         return logits
+
+    def propose(
+        self, works: Sequence[MtpWork], counts: Sequence[int], *, defined_ids: int
+    ) -> list[list[int]]:
+        """What ``fill`` reads, then ``counts[b]`` greedy drafts for each, in one call.
+
+        Drafts come from the part of the vocabulary that ``NativeModel.draft_head`` keeps.
+        """
+        head = self.native.draft_head(defined_ids)
+        starts = _starts(works)
+        sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
+        most = max(counts, default=0)
+        tokens = np.zeros((len(works), most), dtype=np.int32)
+        hidden = self._take_backlog(works).float().contiguous()
+        self.native.decoder.propose(
+            ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
+            sequences=sequences,
+            pages=pages,
+            hidden_in=hidden,
+            hidden=np.empty(hidden.shape, dtype=np.float32),
+            counts=np.array(counts, dtype=np.int32),
+            head=head.matrix,
+            head_ids=head.ids,
+            limit=head.limit,
+            most=most,
+            tokens=tokens,
+            invariant=self.native.invariant,
+        )
+        return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
         starts = _starts(works)

@@ -53,6 +53,9 @@ class MtpWork:
 class Runner:
     """One model and one cache; ``track_mtp`` keeps what the MTP head needs."""
 
+    proposes = False
+    """Whether ``propose`` makes all greedy drafts of a step at once."""
+
     def __init__(
         self,
         model: CausalLM,
@@ -195,13 +198,18 @@ class Runner:
 
         Every work's ids must be as many as its backlog.
         """
-        hidden = []
+        return self._mtp(works, self._take_backlog(works))
+
+    def _take_backlog(self, works: Sequence[MtpWork]) -> Tensor:
+        """The hidden rows [P, D] that the works read, taken out of the backlog."""
+        hidden: list[Tensor] = []
         for work in works:
-            rows = torch.cat(self._backlog[work.slot])
-            assert rows.shape[0] == len(work.ids), (rows.shape[0], len(work.ids))
-            hidden.append(rows)
+            rows = self._backlog[work.slot]
+            count = sum(part.shape[0] for part in rows)
+            assert count == len(work.ids), (count, len(work.ids))
+            hidden += rows
             self._backlog[work.slot] = []
-        return self._mtp(works, torch.cat(hidden))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     @torch.inference_mode()
     def draft(self, works: Sequence[MtpWork]) -> Tensor:

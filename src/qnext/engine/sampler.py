@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from qnext.ops.elementwise import elementwise_invariant
 
 Rivals = tuple[int, ...]
 """Tokens that might have been chosen instead, had rounding been different; mostly none."""
+
+FEW = 8
+"""Up to so many rows, an operation for each row alone costs less than one for all."""
 
 WIDEST = 256
 """Rows with at most this top_k are filtered together."""
@@ -101,6 +105,9 @@ def choose(
 
 def _largest(scores: Tensor, tie_bound: float | None) -> tuple[list[int], list[Rivals]]:
     """The lowest of the ids with the largest score [R, V], and what comes close to it."""
+    if scores.device.type == "cpu" and len(scores) <= FEW:
+        found = [_largest_of(scores_V, tie_bound) for scores_V in scores.numpy()]
+        return [token for token, _ in found], [others for _, others in found]
     # Finding the two largest costs less than finding the first of the largest.
     values, ids = scores.topk(min(2, scores.shape[1]), dim=-1)
     chosen = ids[:, 0].tolist()
@@ -119,6 +126,21 @@ def _largest(scores: Tensor, tie_bound: float | None) -> tuple[list[int], list[R
                 near = (scores[r] >= values[r, 0] - slack[r]).nonzero()[:, 0].tolist()
                 rivals[r] = tuple(token for token in near if token != chosen[r])
     return chosen, rivals
+
+
+def _largest_of(scores_V: np.ndarray, tie_bound: float | None) -> tuple[int, Rivals]:
+    """``_largest`` of one row."""
+    chosen = int(scores_V.argmax())
+    if tie_bound is None or len(scores_V) == 1:
+        return chosen, ()
+    top = float(scores_V[chosen])
+    before, after = scores_V[:chosen], scores_V[chosen + 1 :]
+    second = max(float(part.max()) for part in (before, after) if len(part))
+    slack = ties.tolerance_of(top, tie_bound)
+    if not top - second <= slack:
+        return chosen, ()
+    near = np.flatnonzero(scores_V >= np.float32(top - slack)).tolist()
+    return chosen, tuple(token for token in near if token != chosen)
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:

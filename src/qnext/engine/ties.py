@@ -35,6 +35,11 @@ def tolerance(top: Tensor, bound: float) -> Tensor:
     return top.abs().clamp(min=1.0) * bound
 
 
+def tolerance_of(top: float, bound: float) -> float:
+    """``tolerance`` of one number."""
+    return max(abs(top), 1.0) * bound
+
+
 def passing(
     values: Tensor, *, slack_R1: Tensor, top_k_R1: Tensor, top_p_R1: Tensor, min_p_R1: Tensor
 ) -> tuple[Tensor, Tensor]:

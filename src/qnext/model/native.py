@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,24 @@ class PackedStack(Protocol):
 
 
 Weight = Tensor | Packed | PackedStack
+
+TILE_ROWS = 32
+"""Rows that packed formats keep together."""
+DRAFT_SHARE, DRAFT_LEAST, DRAFT_MOST = 4, 1024, 32768
+"""Drafts are made from one of so many parts of the vocabulary, within these bounds."""
+DRAFT_LAST = 64
+"""And from so many of the last defined ids: a tokenizer's control tokens follow its merges."""
+
+
+class DraftHead(NamedTuple):
+    """The rows of the head that a draft may be. Ids of byte-level BPE are in the order of its
+    merges, so the first ones make up most of any text."""
+
+    matrix: Any
+    ids: np.ndarray
+    """Token of each row, int32, ascending."""
+    limit: int
+    """Rows whose token is defined."""
 
 
 def unfit(
@@ -101,6 +120,9 @@ class NativeModel:
         self._native = native.load()
         self._weights = weights
         self._alive: list[object] = []
+        tied = config.tie_word_embeddings
+        self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        self._draft_heads: dict[int, DraftHead] = {}
         self.decoder = self._build()
 
     @classmethod
@@ -116,7 +138,48 @@ class NativeModel:
         found = sorted({_format_of(weight) for weight in self._weights.values()})
         return f"decoder: native ({n.isa()})", f"weights: {', '.join(found)}"
 
+    def draft_head(self, defined_ids: int) -> DraftHead:
+        """A copy of the head's rows for the likeliest of the ids below ``defined_ids``."""
+        if defined_ids in self._draft_heads:
+            return self._draft_heads[defined_ids]
+        vocabulary = self.config.vocab_size
+        low = min(max(vocabulary // DRAFT_SHARE, DRAFT_LEAST), DRAFT_MOST)
+        first_last = max(defined_ids - DRAFT_LAST, 0) // TILE_ROWS
+        tiles = [
+            tile
+            for tile in range(-(-defined_ids // TILE_ROWS))
+            if tile < low // TILE_ROWS or tile >= first_last
+        ]
+        ids = np.concatenate([np.arange(TILE_ROWS, dtype=np.int32) + t * TILE_ROWS for t in tiles])
+        ids = ids[ids < vocabulary]
+        matrix = (
+            self._matrix(self._head)
+            if len(ids) == vocabulary
+            else self._some_tiles(self._weights[self._head], tiles, ids)
+        )
+        head = DraftHead(matrix, ids, int((ids < defined_ids).sum()))
+        self._draft_heads[defined_ids] = head
+        return head
+
     # -- building --------------------------------------------------------------------------------
+
+    def _some_tiles(self, weight: Weight, tiles: Sequence[int], ids: np.ndarray) -> Any:
+        if isinstance(weight, Tensor):
+            rows = weight.detach()[torch.from_numpy(ids).long()]
+            return self._matrix_of(rows)
+        packed = cast("Packed", weight)
+        data = packed.data.flatten().view(torch.uint8)
+        per_tile = data.view(-(-packed.rows // TILE_ROWS), -1)
+        # Room to start on a 64-byte line, as the kernels want it.
+        room = torch.empty(len(tiles) * per_tile.shape[1] + 64, dtype=torch.uint8)
+        skip = -room.data_ptr() % 64
+        chosen = room[skip : skip + len(tiles) * per_tile.shape[1]]
+        torch.index_select(
+            per_tile, 0, torch.tensor(tiles), out=chosen.view(len(tiles), per_tile.shape[1])
+        )
+        self._alive.append(room)
+        kind = FORMATS[packed.format]
+        return self._native.Matrix(kind, len(ids), packed.cols, chosen.data_ptr(), chosen.numel())
 
     def _build(self) -> Any:
         config, n = self.config, self._native
@@ -136,8 +199,7 @@ class NativeModel:
         decoder = n.Decoder(shape)
         decoder.frequencies = frequencies.float().tolist()
         decoder.embedding = self._matrix("model.embed_tokens.weight")
-        tied = config.tie_word_embeddings
-        decoder.head = self._matrix("model.embed_tokens.weight" if tied else "lm_head.weight")
+        decoder.head = self._matrix(self._head)
         self._floats(decoder, "final_norm", "model.norm.weight", norm=True)
         pages = states = 0
         for i, kind in enumerate(config.layer_types):
@@ -236,16 +298,21 @@ class NativeModel:
     def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
-            if weight.dtype not in _TORCH:
-                weight = weight.float()
-            weight = weight.detach().contiguous()
-            self._alive.append(weight)
-            (rows, cols), format, data = weight.shape, _TORCH[weight.dtype], weight
-        else:
-            packed = cast("Packed", weight)
-            rows, cols, format, data = packed.rows, packed.cols, packed.format, packed.data
+            return self._matrix_of(weight)
+        packed = cast("Packed", weight)
+        data = packed.data
         size = data.numel() * data.element_size()
-        return self._native.Matrix(FORMATS[format], rows, cols, data.data_ptr(), size)
+        kind = FORMATS[packed.format]
+        return self._native.Matrix(kind, packed.rows, packed.cols, data.data_ptr(), size)
+
+    def _matrix_of(self, weight: Tensor) -> Any:
+        if weight.dtype not in _TORCH:
+            weight = weight.float()
+        weight = weight.detach().contiguous()
+        self._alive.append(weight)
+        (rows, cols), kind = weight.shape, FORMATS[_TORCH[weight.dtype]]
+        size = weight.numel() * weight.element_size()
+        return self._native.Matrix(kind, rows, cols, weight.data_ptr(), size)
 
     def _conv(self, layer: Any, where: str) -> None:
         weight = self._weights[where]
