@@ -160,3 +160,70 @@ def test_the_number_of_threads_changes_no_bit(kernels, tiny_model, threads):
             runner.forward([Work(slot=slot, pages=[0, 1], start=0, ids=ids, rows=range(90))])
         )
     assert torch.equal(results[0], results[1])
+
+
+def _read_prompt(runner: NativeRunner, text: list[int], pages: list[int]) -> tuple[int, MtpWork]:
+    slot = runner.open()
+    runner.forward([Work(slot=slot, pages=pages, start=0, ids=text[:-1], rows=(len(text) - 2,))])
+    runner.keep([len(text) - 1])
+    return slot, MtpWork(slot=slot, pages=pages, start=1, ids=text[1:], first=1)
+
+
+@pytest.mark.parametrize("defined_ids", [512, 500])
+@pytest.mark.parametrize("share", [1, 8])
+def test_drafts_of_one_call_are_those_of_single_steps(
+    kernels, tiny_model, monkeypatch, share, defined_ids
+):
+    monkeypatch.setattr("qnext.model.native.DRAFT_SHARE", share)
+    monkeypatch.setattr("qnext.model.native.DRAFT_LEAST", 32)
+    model = NativeModel.from_model(tiny_model)
+    sizes = {"num_slots": 3, "num_pages": 6, "track_mtp": True}
+    single, whole = NativeRunner(model, **sizes), NativeRunner(model, **sizes)
+    allowed = torch.zeros(512, dtype=torch.bool)
+    head = model.draft_head(defined_ids)
+    allowed[torch.from_numpy(head.ids[: head.limit]).long()] = True
+    assert allowed.sum() == (defined_ids if share == 1 else 64 + 64 + defined_ids % 32)
+    generator = random.Random(5)
+    texts = [[generator.randrange(500) for _ in range(n)] for n in (9, 30, 4)]
+    counts = [3, 0, 1]
+    pages = [[0, 1], [2, 3], [4, 5]]
+    works = [_read_prompt(single, text, table)[1] for text, table in zip(texts, pages, strict=True)]
+    works = [_read_prompt(whole, text, table)[1] for text, table in zip(texts, pages, strict=True)]
+    got = whole.propose(works, counts, defined_ids=defined_ids)
+    logits = single.fill(works)
+    wanted: list[list[int]] = [[], [], []]
+    for depth in range(3):
+        logits[:, ~allowed] = float("-inf")
+        drafting = [b for b in range(3) if counts[b] > depth]
+        for b, token in zip(drafting, logits.argmax(-1)[drafting].tolist(), strict=True):
+            wanted[b].append(token)
+        logits = single.draft(
+            [
+                replace(work, start=len(text) + depth, ids=[wanted[b][-1] if wanted[b] else 0])
+                for b, (work, text) in enumerate(zip(works, texts, strict=True))
+            ]
+        )
+    assert got == wanted
+
+
+def test_runners_of_one_model_do_not_touch_each_others_sequences(kernels, tiny_model):
+    model = NativeModel.from_model(tiny_model)
+    ids = [(11 * i) % 512 for i in range(40)]
+
+    def answer(runner: NativeRunner, others: list[NativeRunner]) -> torch.Tensor:
+        slot = runner.open()
+        rows = []
+        for start in range(0, 40, 8):
+            work = Work(slot=slot, pages=[0], start=start, ids=ids[start : start + 8], rows=(7,))
+            rows.append(runner.forward([work]))
+            runner.keep([8])
+            for other in others:
+                place = other.open()
+                other.forward([Work(slot=place, pages=[0], start=0, ids=ids[::-1], rows=(0,))])
+                other.keep([40])
+        return torch.cat(rows)
+
+    sizes = {"num_slots": 6, "num_pages": 4, "track_mtp": False}
+    alone = answer(NativeRunner(model, **sizes), [])
+    runner = NativeRunner(model, **sizes)
+    assert torch.equal(answer(runner, [NativeRunner(model, **sizes)]), alone)

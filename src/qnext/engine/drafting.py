@@ -11,7 +11,7 @@ RowOf = Callable[[Running, Sequence[int]], SampleRow]
 """What the sampler has to know about a sequence after so many drafts."""
 
 
-def draft(
+def draft_ahead(
     runner: Runner,
     reading: Sequence[Running],
     counts: Sequence[int],

@@ -23,7 +23,7 @@ from qnext import cost
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
-from qnext.engine.drafting import draft, read_up
+from qnext.engine.drafting import draft_ahead, read_up
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
@@ -575,7 +575,7 @@ class Engine:
         ]  # fmt: skip
         if not reading:
             return
-        proposals = draft(
+        proposals = draft_ahead(
             self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
             defined_ids=self.defined_ids,
         )  # fmt: skip

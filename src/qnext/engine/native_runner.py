@@ -86,6 +86,7 @@ class NativeRunner(Runner):
 
         Drafts come from the part of the vocabulary that ``NativeModel.draft_head`` keeps.
         """
+        self._deferred.use()
         head = self.native.draft_head(defined_ids)
         starts = _starts(works)
         sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
@@ -109,6 +110,7 @@ class NativeRunner(Runner):
         return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
+        self._deferred.use()
         starts = _starts(works)
         sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
         out = torch.empty(starts[-1], self.native.config.hidden_size)

@@ -58,7 +58,7 @@ Weight = Tensor | Packed | PackedStack
 
 TILE_ROWS = 32
 """Rows that packed formats keep together."""
-DRAFT_SHARE, DRAFT_LEAST, DRAFT_MOST = 4, 1024, 32768
+DRAFT_SHARE, DRAFT_LEAST, DRAFT_MOST = 2, 1024, 32768
 """Drafts are made from one of so many parts of the vocabulary, within these bounds."""
 DRAFT_LAST = 64
 """And from so many of the last defined ids: a tokenizer's control tokens follow its merges."""
@@ -123,6 +123,8 @@ class NativeModel:
         tied = config.tie_word_embeddings
         self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         self._draft_heads: dict[int, DraftHead] = {}
+        self.cache: DeferredCache | None = None
+        """What the decoder reads and writes at present; its tensors stay as long as it does."""
         self.decoder = self._build()
 
     @classmethod
@@ -381,11 +383,19 @@ class DeferredCache(HybridCache):
         self._free_rows = list(range(num_pending - 1, -1, -1))
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
+        self.use()
+
+    def use(self) -> None:
+        """Point the decoder here; several caches of one model take turns."""
+        model = self.model
+        if model.cache is self:
+            return
         model.decoder.set_cache(
             self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
-            self.recurrent, self.conv.view(torch.uint8), num_slots, num_pending, most_pending,
-            self.pending, self.pending_window.view(torch.uint8),
+            self.recurrent, self.conv.view(torch.uint8), self.num_slots, self.pending.shape[1],
+            self.most_pending, self.pending, self.pending_window.view(torch.uint8),
         )  # fmt: skip
+        model.cache = self
 
     @property
     def nbytes(self) -> int:
@@ -408,6 +418,7 @@ class DeferredCache(HybridCache):
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
+            self.use()
             self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
@@ -441,6 +452,7 @@ class DeferredCache(HybridCache):
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """Note what the coming step of the decoder runs; ``keep`` ends it."""
+        self.use()
         assert self._open_pieces is None, "keep() of the previous step has not been called"
         for piece in pieces:
             assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
