@@ -11,7 +11,9 @@ import pytest
 import torch
 from tests.model.parity import CASES, build
 
+from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
+from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
@@ -193,7 +195,7 @@ def test_drafts_of_one_call_are_those_of_single_steps(
     logits = single.fill(works)
     wanted: list[list[int]] = [[], [], []]
     for depth in range(3):
-        logits[:, ~allowed] = float("-inf")
+        logits = logits.masked_fill(~allowed, float("-inf"))
         drafting = [b for b in range(3) if counts[b] > depth]
         for b, token in zip(drafting, logits.argmax(-1)[drafting].tolist(), strict=True):
             wanted[b].append(token)
@@ -206,24 +208,31 @@ def test_drafts_of_one_call_are_those_of_single_steps(
     assert got == wanted
 
 
-def test_runners_of_one_model_do_not_touch_each_others_sequences(kernels, tiny_model):
+def test_engines_that_share_a_model_do_not_share_a_cache(kernels, tiny_model):
     model = NativeModel.from_model(tiny_model)
-    ids = [(11 * i) % 512 for i in range(40)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = [tuple(range(5, 30)), tuple(range(40, 47))]
 
-    def answer(runner: NativeRunner, others: list[NativeRunner]) -> torch.Tensor:
-        slot = runner.open()
-        rows = []
-        for start in range(0, 40, 8):
-            work = Work(slot=slot, pages=[0], start=start, ids=ids[start : start + 8], rows=(7,))
-            rows.append(runner.forward([work]))
-            runner.keep([8])
-            for other in others:
-                place = other.open()
-                other.forward([Work(slot=place, pages=[0], start=0, ids=ids[::-1], rows=(0,))])
-                other.keep([40])
-        return torch.cat(rows)
+    def engine() -> Engine:
+        return Engine(model, max_num_seqs=1, memory_bytes=8 << 20, speculative_tokens=2)
 
-    sizes = {"num_slots": 6, "num_pages": 4, "track_mtp": False}
-    alone = answer(NativeRunner(model, **sizes), [])
-    runner = NativeRunner(model, **sizes)
-    assert torch.equal(answer(runner, [NativeRunner(model, **sizes)]), alone)
+    def run(engines: list[Engine]) -> list[list[int]]:
+        """Every prompt on an engine of its own, a step of each in turn."""
+        answers: list[list[int]] = [[] for _ in engines]
+        for one, prompt in zip(engines, prompts, strict=True):
+            one.add(Request(id="a", prompt_ids=prompt, params=params))
+        while any(one.has_work for one in engines):
+            for one, answer in zip(engines, answers, strict=True):
+                for event in one.step() if one.has_work else ():
+                    answer.extend(event.token_ids)
+        return answers
+
+    alone = engine()
+    alone.add(Request(id="a", prompt_ids=prompts[0], params=params))
+    expected = []
+    while alone.has_work:
+        expected += [token for event in alone.step() for token in event.token_ids]
+    del alone
+    found = run([engine(), engine()])
+    assert found[0] == expected
+    assert len(found[1]) == 12

@@ -65,7 +65,7 @@ class NativeRunner(Runner):
         rows = [starts[b] + row for b, work in enumerate(works) for row in work.rows]
         hidden = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(rows), self.native.config.vocab_size)
-        self.native.decoder.forward(
+        cache.decoder.forward(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,
@@ -86,14 +86,13 @@ class NativeRunner(Runner):
 
         Drafts come from the part of the vocabulary that ``NativeModel.draft_head`` keeps.
         """
-        self._deferred.use()
         head = self.native.draft_head(defined_ids)
         starts = _starts(works)
         sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
         most = max(counts, default=0)
         tokens = np.zeros((len(works), most), dtype=np.int32)
         hidden = self._take_backlog(works).float().contiguous()
-        self.native.decoder.propose(
+        self._deferred.decoder.propose(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,
@@ -110,13 +109,12 @@ class NativeRunner(Runner):
         return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
-        self._deferred.use()
         starts = _starts(works)
         sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
         out = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(works), self.native.config.vocab_size)
         rows = np.array(starts[1:], dtype=np.int32) - 1
-        self.native.decoder.forward_mtp(
+        self._deferred.decoder.forward_mtp(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,

@@ -5,6 +5,7 @@ gradients and no taps; a model that needs those is a CausalLM. What is computed 
 projections, mixers and experts in the order of ``model.py``, activations in float32.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
@@ -123,9 +124,9 @@ class NativeModel:
         tied = config.tie_word_embeddings
         self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         self._draft_heads: dict[int, DraftHead] = {}
-        self.cache: DeferredCache | None = None
-        """What the decoder reads and writes at present; its tensors stay as long as it does."""
         self.decoder = self._build()
+        self.cache: weakref.ref[DeferredCache] | None = None
+        """The cache the decoder reads and writes now."""
 
     @classmethod
     def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
@@ -383,19 +384,20 @@ class DeferredCache(HybridCache):
         self._free_rows = list(range(num_pending - 1, -1, -1))
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
-        self.use()
 
-    def use(self) -> None:
-        """Point the decoder here; several caches of one model take turns."""
+    @property
+    def decoder(self) -> Any:
+        """The model's decoder, turned to this cache: the caches of several engines may share it."""
         model = self.model
-        if model.cache is self:
-            return
-        model.decoder.set_cache(
-            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
-            self.recurrent, self.conv.view(torch.uint8), self.num_slots, self.pending.shape[1],
-            self.most_pending, self.pending, self.pending_window.view(torch.uint8),
-        )  # fmt: skip
-        model.cache = self
+        if model.cache is None or model.cache() is not self:
+            model.decoder.set_cache(
+                self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
+                model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8),
+                self.num_slots, self.pending.shape[1], self.most_pending, self.pending,
+                self.pending_window.view(torch.uint8),
+            )  # fmt: skip
+            model.cache = weakref.ref(self)
+        return model.decoder
 
     @property
     def nbytes(self) -> int:
@@ -418,8 +420,7 @@ class DeferredCache(HybridCache):
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
-            self.use()
-            self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
+            self.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
     def slot_bytes(self, slot: int) -> bytes:
@@ -452,7 +453,6 @@ class DeferredCache(HybridCache):
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """Note what the coming step of the decoder runs; ``keep`` ends it."""
-        self.use()
         assert self._open_pieces is None, "keep() of the previous step has not been called"
         for piece in pieces:
             assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
