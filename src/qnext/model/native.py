@@ -314,11 +314,15 @@ class DeferredCache(HybridCache):
         self._free_rows = list(range(num_pending - 1, -1, -1))
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
-        model.decoder.set_cache(
+        self._memory = (
             self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
             self.recurrent, self.conv.view(torch.uint8), num_slots, num_pending, most_pending,
             self.pending, self.pending_window.view(torch.uint8),
         )  # fmt: skip
+
+    def attach(self) -> None:
+        """Let the decoder's next call work on this cache: a model may have several."""
+        self.model.decoder.set_cache(*self._memory)
 
     @property
     def nbytes(self) -> int:
@@ -341,6 +345,7 @@ class DeferredCache(HybridCache):
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
+            self.attach()
             self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
