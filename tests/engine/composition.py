@@ -327,7 +327,9 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
     others: list[Stream] = []
     for number in range(way.company):
         length = generator.randrange(1, TOKENS)
-        settings = SamplingParams(temperature=1.0, seed=number, max_tokens=length, ignore_eos=True)
+        settings = SamplingParams(
+            temperature=0.0 if number % 4 else 1.0, seed=number, max_tokens=length, ignore_eos=True
+        )
         others.append(llm.stream(subject.company[number % len(subject.company)], settings))
     if way.park:
         _interrupt(llm, plain.prompt_ids, often=way.park == "often")

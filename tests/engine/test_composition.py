@@ -40,6 +40,11 @@ from qnext.model.native import DeferredCache
 
 PAIRS = covering_array(NATIVE_FACTORS, ruled_out=RULED_OUT)
 TORCH_PAIRS = covering_array(TORCH_FACTORS, ruled_out=RULED_OUT)
+QUIET_PAIRS = covering_array(
+    {name: values for name, values in NATIVE_FACTORS.items() if name != "threads"},
+    ruled_out=RULED_OUT,
+)
+"""With one thread: how work is shared out does not depend on the model or the mode."""
 SINGLES = covering_array(NATIVE_FACTORS, strength=1, ruled_out=RULED_OUT)
 """Not every pair, but every value of every factor."""
 
@@ -136,11 +141,16 @@ def test_any_two_features_together_change_no_bit_of_the_embedded_model_on_pytorc
     check(subjects("mini", "torch"), row)
 
 
-@pytest.mark.parametrize("name", ["tiny", "mini"])
+@pytest.mark.parametrize("row", QUIET_PAIRS, ids=short)
+@pytest.mark.usefixtures("checked_once")
+def test_any_two_features_together_change_no_bit_of_a_random_model(subjects, row):
+    check(subjects("tiny", "float32"), row)
+
+
 @pytest.mark.parametrize("row", PAIRS, ids=short)
 @pytest.mark.usefixtures("checked_once")
-def test_any_two_features_together_change_no_bit(subjects, name, row):
-    check(subjects(name, "float32"), row)
+def test_any_two_features_together_change_no_bit_of_the_embedded_model(subjects, row):
+    check(subjects("mini", "float32"), row)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
@@ -198,7 +208,7 @@ def test_the_array_covers_every_pair(factors, pairs):
     assert all(len(rule) == 2 for rule in RULED_OUT)
 
 
-@pytest.mark.parametrize("kind", ["torch", "float32", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "int4"])
 def test_what_the_rows_are_about_does_happen(subjects, kind):
     """Drafts of the real head are accepted and rejected; two stops end an answer early."""
     ends, mini = set(), subjects("mini", kind)
@@ -243,7 +253,7 @@ def report(kind: str, subject: Subject, rows: list[Row]) -> Tally:
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only(subjects, kind):
-    assert report(kind, subjects("mini", kind, "ordinary"), PAIRS).positions > 400
+    assert report(kind, subjects("mini", kind, "ordinary"), QUIET_PAIRS).positions > 400
 
 
 @pytest.mark.slow
@@ -296,15 +306,24 @@ def accepted_drafts_are_not_settled(patch):
     patch.setattr(DeferredCache, "settle", forget)
 
 
-def accepted_drafts_are_applied_twice(patch):
-    remember = DeferredCache.remember
+def the_last_accepted_token_is_not_applied(patch):
+    keep = DeferredCache.keep
 
-    def again(self, hidden, captures):
-        kept = list(self.kept)
-        remember(self, hidden, captures)
-        self.kept[:] = kept
+    def all_but_one(self, counts=None):
+        keep(self, counts)
+        self.kept[:] = [max(count - 1, 0) for count in self.kept]
 
-    patch.setattr(DeferredCache, "remember", again)
+    patch.setattr(DeferredCache, "keep", all_but_one)
+
+
+def positions_start_over(patch):
+    table = native_runner._table
+
+    def again(works, starts, rest):
+        works = [replace(work, start=work.start % 64) for work in works]
+        return table(works, starts, rest)
+
+    patch.setattr(native_runner, "_table", again)
 
 
 def everybody_has_the_same_pending_row(patch):
@@ -373,19 +392,20 @@ def penalties_count_rejected_drafts(patch):
 MISTAKES = {
     a_state_is_resumed_without_its_window: {"cache": ("exact", "partial", "branch")},
     a_shared_page_is_not_copied: {"cache": ("exact", "partial", "branch")},
-    positions_of_a_chunk_start_over: {"chunk": (7, 64)},
     noise_goes_by_steps_instead_of_tokens: {"sampling": ("seeded", "penalised")},
     penalties_count_rejected_drafts: {"sampling": ("penalised",), "drafts": (2, 3, 4)},
 }
 OF_PYTORCH = {
     **MISTAKES,
+    positions_of_a_chunk_start_over: {"chunk": (7, 64)},
     rejected_drafts_stay_in_the_state_of_pytorch: {"drafts": (3, 4), "rollback": ("snapshots",)},
 }
 OF_NATIVE = {
     **MISTAKES,
     rejected_drafts_stay_in_the_state: {"drafts": (3, 4)},
     accepted_drafts_are_not_settled: {"drafts": (1, 2, 3, 4), "park": ("often",)},
-    accepted_drafts_are_applied_twice: {"drafts": (1, 2, 3, 4)},
+    the_last_accepted_token_is_not_applied: {"drafts": (1, 2, 3, 4)},
+    positions_start_over: {"chunk": (7, 64)},
     everybody_has_the_same_pending_row: {"drafts": (1, 2, 3, 4), "batch": (3, 16)},
     windows_of_accepted_drafts_are_lost: {"drafts": (1, 2, 3, 4)},
 }
@@ -418,8 +438,8 @@ def concerned(rows: list[Row], settings) -> list[Row]:
 @pytest.mark.parametrize("mistake", OF_NATIVE, ids=lambda mistake: mistake.__name__)
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("float32", "independent"), ("int4", "independent"), ("float32", "ordinary"),
-     ("bfloat16", "ordinary")],
+    [("float32", "independent"), ("float32", "ordinary"), ("bfloat16", "ordinary"),
+     pytest.param("int4", "independent", marks=pytest.mark.slow)],
 )  # fmt: skip
 @pytest.mark.usefixtures("checked_once")
 def test_the_arrays_notice(subjects, monkeypatch, kind, mode, mistake):
