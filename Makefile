@@ -8,7 +8,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-all setup lint fix native sanitize mini tables measure clean
+.PHONY: serve test test-all setup lint fix native sanitize mini tables measure bench bench-quick clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
@@ -61,6 +61,21 @@ measure: $(VENV)/.dev
 	$(BIN)/python -m tools.measure_parity
 	$(BIN)/python -m benchmarks.against_transformers
 	$(BIN)/python -m tools.tables
+
+# Speed of the native kernels on shape M beside llama.cpp and transformers: docs/benchmarks.md.
+# The machine must be idle. WORK takes 45 GB of models (60 while they are made); they are kept.
+WORK ?= runs/bench
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.native_speed --work $(WORK)
+	$(BIN)/python -m tools.tables
+
+# int4 and one format of llama.cpp in a few minutes; writes to WORK and no table.
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.native_speed --quick --work $(WORK)
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(INSTALL) llama-cpp-python
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

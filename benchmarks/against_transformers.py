@@ -3,7 +3,8 @@
     python -m benchmarks.against_transformers [--model qnext-mini] [--repetitions 7]
 
 Both run with the same threads and dtype. transformers uses its own generate() with its cache and
-its fastest CPU setting for experts; qnext uses the engine, sampling and text included.
+its fastest CPU setting for experts; qnext answers as LLM does by default, on the native kernels
+where they fit, engine, sampling and text included. Training is PyTorch in both.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import interleaved, ratio, write_result
 from qnext import LLM, SamplingParams, load_model, save_model
+from qnext.model.model import CausalLM
 
 PROMPT = "Once upon a time there was a small fox who lived near the river. "
 
@@ -30,7 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    ours = LLM(args.model, dtype=args.dtype)
+    ours = LLM(args.model, dtype=args.dtype, threads=args.threads, prefix_cache=False)
+    trained = load_model(args.model, dtype=args.dtype)
+    print("; ".join(ours.model.kernels))
     with tempfile.TemporaryDirectory() as folder:
         save_model(load_model(args.model), folder)
         theirs = AutoModelForCausalLM.from_pretrained(
@@ -40,7 +44,7 @@ def main() -> None:
         _decode(ours, theirs, args.tokens, args.repetitions, batch=1),
         _decode(ours, theirs, args.tokens, args.repetitions, batch=8),
         *(_prefill(ours, theirs, length, args.repetitions) for length in (128, 1024)),
-        _training(ours, theirs, args.repetitions),
+        _training(trained, theirs, args.repetitions),
     ]
     for row in rows:
         threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
@@ -90,24 +94,25 @@ def _decode(ours: LLM, theirs, tokens: int, repetitions: int, *, batch: int) -> 
 
 def _prefill(ours: LLM, theirs, length: int, repetitions: int) -> dict[str, str]:  # type: ignore[no-untyped-def]
     ids = torch.randint(0, 4000, (1, length), generator=torch.Generator().manual_seed(0))
+    prompts = ids.tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
 
-    @torch.inference_mode()
     def run_ours() -> None:
-        ours.model(ids)
+        ours.generate(prompts, params, progress=False)
 
     @torch.inference_mode()
     def run_theirs() -> None:
-        theirs(ids, use_cache=False)
+        theirs(ids, logits_to_keep=1).logits.argmax(-1)
 
     times = interleaved(
         {"qnext": run_ours, "transformers": run_theirs},
         repetitions=repetitions,
         label=f"prefill {length}",
     )
-    return _row(f"Forward of {length} tokens", times, "one sequence, logits of all tokens")
+    return _row(f"First token after {length} tokens", times, "one sequence, greedy")
 
 
-def _training(ours: LLM, theirs, repetitions: int) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def _training(ours: CausalLM, theirs, repetitions: int) -> dict[str, str]:  # type: ignore[no-untyped-def]
     ids = torch.randint(0, 4000, (4, 512), generator=torch.Generator().manual_seed(1))
 
     def step(model) -> None:  # type: ignore[no-untyped-def]
@@ -116,7 +121,7 @@ def _training(ours: LLM, theirs, repetitions: int) -> dict[str, str]:  # type: i
         model.zero_grad(set_to_none=True)
 
     times = interleaved(
-        {"qnext": lambda: step(ours.model), "transformers": lambda: step(theirs)},
+        {"qnext": lambda: step(ours), "transformers": lambda: step(theirs)},
         repetitions=repetitions,
         label="training",
     )

@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead [--batch 16] [--steps 200] [--threads 2] [--record]
 
-The model has random weights and about 50 million parameters. Its forward is ``run``, ``lm_logits``
-and ``run_mtp`` and nothing else; planning, building the batch, sampling, accepting, keeping state
-and pages, and events are outside. Every step is split by a stopwatch around the parts of the
-engine; its own cost, about a microsecond a call, counts as outside.
+The model has random weights and about 50 million parameters, and runs on the native kernels and on
+PyTorch. Its forward is the native decoder's call, or ``run``, ``lm_logits`` and ``run_mtp``, and
+nothing else; planning, building the batch, sampling, accepting, keeping state and pages, and events
+are outside. Every step is split by a stopwatch around the parts of the engine; its own cost, about
+a microsecond a call, counts as outside.
 """
 
 import argparse
@@ -16,18 +17,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.harness import write_result
-from qnext import cost
+from qnext import cost, native
 from qnext.config import ModelConfig
 from qnext.engine import engine as engine_module
 from qnext.engine.engine import Engine
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
 from qnext.model.model import CausalLM, initialise
+from qnext.model.native import NativeModel
 
 MODEL: dict[str, Any] = {
     "model_type": "qwen3_next",
@@ -59,8 +63,10 @@ SAMPLINGS: Mapping[str, Mapping[str, Any]] = {
 }
 """``sampled`` has the settings published for Qwen3-Next."""
 
-MODEL_PARTS = ("layers", "lm_head", "draft layer")
+MODEL_PARTS = ("decoder", "layers", "lm_head", "draft layer")
 """What counts as the model's forward; everything else is the engine."""
+DECODER_PARTS = {"forward": "decoder", "forward_mtp": "draft layer", "propose": "draft layer"}
+"""Calls of the native decoder that are the model's."""
 PROMPT_TOKENS = 32
 WARM_UP_STEPS = 10
 DRAFTS = (0, 2)
@@ -93,29 +99,47 @@ class Stopwatch:
         return timed
 
 
+class TimedDecoder:
+    """A native decoder whose calls are timed; it takes no attributes of its own, hence this."""
+
+    def __init__(self, decoder: Any, watch: Stopwatch) -> None:
+        self._decoder, self._watch = decoder, watch
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._decoder, name)
+        return self._watch.around(DECODER_PARTS[name], found) if name in DECODER_PARTS else found
+
+
 @contextmanager
 def watched(engine: Engine) -> Iterator[Stopwatch]:
     """Time the parts of an engine while the block runs."""
     watch = Stopwatch()
-    model, runner, scheduler = engine.runner.model, engine.runner, engine.scheduler
+    runner, scheduler = engine.runner, engine.scheduler
     parts: list[tuple[Any, str, str]] = [
-        (model, "run", "layers"),
-        (model, "lm_logits", "lm_head"),
-        (model, "run_mtp", "draft layer"),
         (runner, "forward", "build the batch"),
         (runner, "fill", "build the batch"),
         (runner, "draft", "build the batch"),
         (runner, "keep", "keep"),
         (scheduler, "plan", "plan"),
+        (engine_module, "choose", "sample"),
         (engine_module, "sample", "sample"),
         (engine, "step", "accept and report"),
     ]
+    decoder = None
+    if isinstance(runner, NativeRunner):
+        decoder = runner.native.decoder
+        runner.native.decoder = TimedDecoder(decoder, watch)
+    else:
+        for name, part in (("run", "layers"), ("lm_logits", "lm_head"), ("run_mtp", "draft layer")):
+            parts.append((runner.model, name, part))
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in parts]
     for (owner, name, work), (_, _, part) in zip(kept, parts, strict=True):
         setattr(owner, name, watch.around(part, work))
     try:
         yield watch
     finally:
+        if isinstance(runner, NativeRunner):
+            runner.native.decoder = decoder
         for owner, name, work in kept:
             if owner is engine_module:
                 setattr(owner, name, work)
@@ -130,8 +154,17 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
     return model.eval().requires_grad_(False)
 
 
+def runners_of(model: CausalLM) -> dict[str, CausalLM | NativeModel]:
+    """The model on every kind of kernel there is, by name; they share its weights."""
+    reason = native.unfit()
+    if reason is not None:
+        print(f"Measured on PyTorch alone: {reason}")
+        return {"PyTorch": model}
+    return {"native": NativeModel.from_model(model), "PyTorch": model}
+
+
 def measure(
-    model: CausalLM,
+    model: CausalLM | NativeModel,
     *,
     batch: int,
     steps: int,
@@ -200,36 +233,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = build_model({**MODEL, "vocab_size": args.vocabulary})
+    runners = runners_of(model)
+    if "native" in runners:
+        native.load().set_threads(torch.get_num_threads())
     counts = cost.parameters(model.config)
     size = f"{counts.total / 1e6:.1f} M parameters and {counts.mtp / 1e6:.1f} M of the MTP head"
     print(f"{size}, vocabulary {args.vocabulary:,}, {torch.get_num_threads()} threads")
     rows = []
-    for name, sampling in SAMPLINGS.items():
-        for drafts in DRAFTS:
-            found = overhead(
-                measure(
-                    model, batch=args.batch, steps=args.steps, speculative_tokens=drafts,
-                    sampling=sampling, progress=True,
-                )
-            )  # fmt: skip
-            what = f"{name}, {drafts} drafts" if drafts else name
-            parts = ", ".join(
-                f"{part} {1000 * seconds:.2f}"
-                for part, seconds in found.items()
-                if part not in ("step", "share")
+    for kind, name, drafts in product(runners, SAMPLINGS, DRAFTS):
+        found = overhead(
+            measure(
+                runners[kind], batch=args.batch, steps=args.steps, speculative_tokens=drafts,
+                sampling=SAMPLINGS[name], progress=True,
             )
-            print(
-                f"{what:18} {found['share']:6.1%} of a step of {1000 * found['step']:.1f} ms"
-                f"   (ms: {parts})"
-            )
-            rows.append(
-                {
-                    "what": f"Outside the model's forward, {what}",
-                    "value": f"{found['share']:.1%} of a step of {1000 * found['step']:.1f} ms",
-                    "conditions": f"batch {args.batch}, {size}, float32, median of {args.steps} "
-                    f"steps; ms by part: {parts}",
-                }
-            )
+        )  # fmt: skip
+        what = f"{kind}, {name}, {drafts} drafts" if drafts else f"{kind}, {name}"
+        parts = ", ".join(
+            f"{part} {1000 * seconds:.2f}"
+            for part, seconds in found.items()
+            if part not in ("step", "share")
+        )
+        print(
+            f"{what:26} {found['share']:6.1%} of a step of {1000 * found['step']:.1f} ms"
+            f"   (ms: {parts})"
+        )
+        rows.append(
+            {
+                "what": f"Outside the model's forward, {what}",
+                "value": f"{found['share']:.1%} of a step of {1000 * found['step']:.1f} ms",
+                "conditions": f"batch {args.batch}, {size}, float32, median of {args.steps} "
+                f"steps; ms by part: {parts}",
+            }
+        )
     if args.record:
         write_result("overhead", "Engine overhead", rows)
     return 0

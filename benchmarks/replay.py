@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.traces import Job
-from qnext import LLM, SamplingParams
+from qnext import LLM, SamplingParams, cost
 from qnext.errors import RequestError
 
 SAMPLE_EVERY_S = 0.05
@@ -137,11 +137,11 @@ def facts(llm: LLM, budget_bytes: int) -> dict[str, Any]:
     """What the engine is and has: sizes, budget, kernels."""
     import torch
 
-    engine = llm.engine
+    engine, counts = llm.engine, cost.parameters(llm.config)
     return {
         "model": llm.name,
         "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in llm.model.parameters()),
+        "parameters": counts.total + (counts.mtp if llm.model.has_mtp else 0),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
         "max_model_len": llm.max_model_len,
@@ -154,7 +154,7 @@ def facts(llm: LLM, budget_bytes: int) -> dict[str, Any]:
         "cache_bytes": engine.runner.cache.nbytes,
         "budget_bytes": budget_bytes,
         "rss_bytes": rss_bytes("self"),
-        "kernels": list(llm.model.ops.report),
+        "kernels": list(llm.model.kernels),
     }
 
 

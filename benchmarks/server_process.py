@@ -61,14 +61,17 @@ def _serve(options: dict[str, Any], token_ids: Sequence[int]) -> None:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.01)
-    if not server.started:
-        raise RequestError("the server ended before it answered; its messages are above.")
-    _say({"url": address(listener), **replay.facts(llm, parse_bytes(options["memory"]))})
-    sys.stdin.read()
-    server.should_exit = True
-    thread.join()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        if not server.started:
+            raise RequestError("the server ended before it answered; its messages are above.")
+        _say({"url": address(listener), **replay.facts(llm, parse_bytes(options["memory"]))})
+        sys.stdin.read()
+    finally:
+        # Its thread would keep the process alive, and whoever reads stdout waiting.
+        server.should_exit = True
+        thread.join()
     _say(replay.since(before, replay.totals(llm)))
 
 

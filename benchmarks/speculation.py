@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         llm = LLM(args.model, dtype=args.dtype, memory="64MiB", max_num_seqs=1)
-        if llm.model.mtp is None:
+        if not llm.model.has_mtp:
             raise RequestError(f"--model {args.model}: this model has no MTP head to draft with.")
     except QnextError as error:
         print(error, file=sys.stderr)

@@ -149,6 +149,9 @@ struct Ahead {
   int lines = 0;
 };
 
+// At least so far ahead, where the weights pass only once.
+constexpr int64_t kLeadBytes = 8192;
+
 // A few rows of W times a few rows of x. What comes next in memory is asked for in one stream: the
 // rows themselves are too many and too short for the processor to foresee.
 template <class K, int R, int T>
@@ -231,13 +234,17 @@ void multiply_rows(const Matrix& w, const char* prepared, const int32_t* index, 
   const int64_t panels = (count + kTokens - 1) / kTokens;
   // As many rows of W as stay in the second-level cache while all activations pass, and with them
   // the next ones, which are asked for meanwhile. One activation alone reads fast enough as it is.
+  const bool once = panels == 1 && count > 1;
   int64_t strip = 256 * 1024 / (row_bytes > 0 ? row_bytes : 1) / kRows * kRows;
-  if (strip < kRows || (panels == 1 && count > 1)) strip = kRows;
-  const int lines = count == 1 ? 0 : panels == 1 ? 4 : panels <= 3 ? 2 : 1;
+  if (strip < kRows || once) strip = kRows;
+  const int lines = count == 1 ? 0 : once ? 4 : panels <= 3 ? 2 : 1;
+  // Memory answers late: with short rows, those that follow at once would come too late.
+  const int64_t lead = once && row_bytes > 0 ? (kLeadBytes + row_bytes - 1) / row_bytes : 0;
   for (int64_t r0 = first; r0 < last; r0 += strip) {
     const int64_t r1 = r0 + strip < last ? r0 + strip : last;
-    const char* next = reinterpret_cast<const char*>(weights + r1 * cols);
-    const char* end = next + (last - r1 < strip ? last - r1 : strip) * row_bytes;
+    const int64_t from = r0 + (lead > strip ? lead : strip);
+    const char* next = reinterpret_cast<const char*>(weights + (from < last ? from : last) * cols);
+    const char* end = next + (last - from < strip ? last - from : strip) * row_bytes;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t i0 = count * panel / panels, i1 = count * (panel + 1) / panels;
       const int tokens = static_cast<int>(i1 - i0);

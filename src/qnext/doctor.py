@@ -19,7 +19,7 @@ from qnext import __version__
 REQUIRED = ("torch", "safetensors", "numpy", "tokenizers", "jinja2", "tqdm")
 OPTIONAL = {
     "starlette": "serve", "uvicorn": "serve", "msgspec": "serve", "matplotlib": "train",
-    "transformers": "dev", "triton": None,
+    "transformers": "dev", "gguf": "bench", "triton": None,
 }  # fmt: skip
 """Package -> the extra of qnext that installs it."""
 INSTRUCTION_SETS = (
@@ -114,6 +114,7 @@ def _purpose(extra: str) -> str:
         "serve": "run `qnext serve`",
         "train": "draw training curves",
         "dev": "run the tests that compare with it",
+        "bench": "compare speeds with llama.cpp",
     }[extra]
 
 

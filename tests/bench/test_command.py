@@ -1,6 +1,7 @@
 """``qnext bench`` end to end on a tiny model: options, keys, refusals."""
 
 import json
+import sys
 
 import pytest
 
@@ -118,3 +119,21 @@ def test_without_kernels_it_says_what_to_install(tiny_folder, capsys, monkeypatc
     monkeypatch.setattr(native, "_module", lambda: (None, "the native kernels are not installed."))
     assert main(["bench", "decode", str(tiny_folder)]) == 2
     assert "native kernels are not installed" in capsys.readouterr().err
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("module", "peer", "remedy"),
+    [
+        ("llama_cpp", "llama.cpp", "pip install llama-cpp-python"),
+        ("transformers", "transformers", "pip install transformers"),
+    ],
+)
+def test_a_peer_that_is_not_installed_is_said(
+    tiny_folder, capsys, monkeypatch, module, peer, remedy
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["bench", "decode", str(tiny_folder), "--against", peer, "--threads", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "not installed" in said
+    assert remedy in said

@@ -107,3 +107,56 @@ def test_llama_cpp_reads_it_and_gives_the_same_logits(folder):
     # chooses another expert. A row in the wrong place gives an error of about 1.
     error = (torch.from_numpy(logits) - ours).square().mean().sqrt() / ours.square().mean().sqrt()
     assert error < 0.1
+
+
+def test_a_state_of_llama_cpp_is_stretched(folder):
+    pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
+    from qnext.bench.llama_cpp import LlamaModel, stretch
+
+    model = LlamaModel(write_gguf(folder, folder.parent / "third.gguf"), threads=1)
+    try:
+        for flash in (0, 1):
+            context = model.context(300, sequences=2, flash=flash)
+            context.run([(7 * i % 512, i, 0) for i in range(64)], [])
+            state = context.state()
+            assert stretch(state, 64) == state
+            context.clear()
+            for sequence in range(2):
+                context.load(stretch(state, 200), sequence)
+                assert context.length(sequence) == 200
+            rows = context.run([(3, 200, 0), (3, 200, 1)], range(2))
+            assert np.isfinite(rows).all()
+            np.testing.assert_allclose(rows[0], rows[1], atol=1e-2)
+    finally:
+        model.close()
+
+
+def test_llama_cpp_runs_every_kind_of_case(folder):
+    pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
+    from qnext.bench.cases import Case
+    from qnext.bench.llama_cpp import LlamaPeer
+
+    peer = LlamaPeer("BF16", write_gguf(folder, folder.parent / "fourth.gguf"), threads=1)
+    cases = {
+        Case(kind="decode", steps=2): 1,
+        Case(kind="decode", context=100, steps=2): 2,
+        Case(kind="batch", sequences=3, context=70, steps=2): 2,
+        Case(kind="prefill", rows=600, steps=1): 1,
+    }
+    try:
+        for case, settings in cases.items():
+            sessions = peer.open(case)
+            assert len(sessions) == settings
+            for session in sessions.values():
+                for _ in range(2):
+                    session.reset()
+                    for _ in range(case.steps):
+                        session.step()
+                    ends = {session.context.length(s) for s in range(case.sequences)}
+                    assert ends == {case.length}
+        size = peer.bytes_per_step(Case(kind="decode", steps=1), experts=8)
+        assert size is not None
+        # All but the experts and the embedding, and 8 of 24 experts of 3 matrices of 64 x 16.
+        assert 8 * 3 * 64 * 16 * 2 < size < peer.model.path.stat().st_size
+    finally:
+        peer.close()

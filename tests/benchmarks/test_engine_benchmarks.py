@@ -15,8 +15,10 @@ from qnext.engine import engine as engine_module
 from qnext.engine.engine import Engine
 from qnext.engine.speculative import MAX_DRAFTS
 from qnext.model.model import CausalLM, initialise
+from qnext.model.native import NativeModel
 
-PARTS = {"layers", "lm_head", "build the batch", "keep", "plan", "sample", "accept and report"}
+ENGINE = {"build the batch", "keep", "plan", "sample", "accept and report"}
+MODEL = {"native": {"decoder"}, "PyTorch": {"layers", "lm_head"}}
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +50,27 @@ def test_time_of_an_inner_part_is_not_time_of_the_outer():
     assert watch.seconds["inner"] == 9.0
 
 
+@pytest.fixture(scope="module")
+def runners(tiny_model) -> dict[str, CausalLM | NativeModel]:
+    return overhead.runners_of(tiny_model)
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_every_step_is_split_into_its_parts(tiny_model, drafts):
+@pytest.mark.parametrize("kind", MODEL)
+def test_every_step_is_split_into_its_parts(runners, kind, drafts):
+    if kind not in runners:
+        pytest.skip("needs the native kernels")
     steps = overhead.measure(
-        tiny_model, batch=3, steps=5, speculative_tokens=drafts, sampling={"temperature": 0.0}
+        runners[kind], batch=3, steps=5, speculative_tokens=drafts, sampling={"temperature": 0.0}
     )
     assert len(steps) == 5
+    parts = ENGINE | MODEL[kind]
     for step in steps:
-        assert set(step) == (PARTS | {"draft layer"} if drafts else PARTS)
+        assert set(step) == (parts | {"draft layer"} if drafts else parts)
         assert all(seconds > 0 for seconds in step.values())
     found = overhead.overhead(steps)
     assert 0 < found["share"] < 1
-    assert found["step"] > found["layers"]
+    assert found["step"] > sum(found[part] for part in MODEL[kind])
 
 
 def test_the_share_is_everything_but_the_model():
@@ -69,13 +80,18 @@ def test_the_share_is_everything_but_the_model():
     assert overhead.overhead([step, slow, step])["step"] == pytest.approx(10)
 
 
-def test_nothing_is_left_of_the_stopwatch(tiny_model):
-    engine = Engine(tiny_model, max_num_seqs=2, max_batch_tokens=64)
-    before = engine_module.sample
+@pytest.mark.parametrize("kind", MODEL)
+def test_nothing_is_left_of_the_stopwatch(runners, kind):
+    if kind not in runners:
+        pytest.skip("needs the native kernels")
+    model = runners[kind]
+    engine = Engine(model, max_num_seqs=2, max_batch_tokens=64)
+    before = engine_module.choose, engine_module.sample, getattr(model, "decoder", None)
     with overhead.watched(engine):
-        assert engine_module.sample is not before
-    assert engine_module.sample is before
-    for owner in (engine, engine.runner, engine.scheduler, tiny_model):
+        assert engine_module.choose is not before[0]
+        assert getattr(model, "decoder", None) is not before[2] or kind == "PyTorch"
+    assert before == (engine_module.choose, engine_module.sample, getattr(model, "decoder", None))
+    for owner in (engine, engine.runner, engine.scheduler, model):
         assert not {"step", "run", "forward", "plan"} & set(vars(owner))
 
 

@@ -48,7 +48,7 @@ def first_complaint(settings, *, looks: bool = True) -> str | None:
 # -- memory --------------------------------------------------------------------------------------
 
 
-@mutation("_check_writes: S4|_check_mtp: S11")
+@mutation("_check_writes: S4|_check_mtp: S11|check_snapshot: the snapshot")
 def a_partial_page_is_shared_instead_of_copied(patch):
     start = Scheduler._start
 
@@ -107,9 +107,9 @@ def eviction_frees_pages_that_others_use(patch):
     give_back = PagePool.give_back
     evict = PrefixCache.evict
 
-    def everything(self, snapshot):
+    def everything(self, snapshot, **how):
         pages = [page for page in snapshot.pages if self.pool.holders(page) > 1]
-        evict(self, snapshot)
+        evict(self, snapshot, **how)
         for page in pages:
             while self.pool.holders(page):
                 self.pool.give_back([page])

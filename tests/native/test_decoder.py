@@ -11,7 +11,9 @@ import pytest
 import torch
 from tests.model.parity import CASES, build
 
+from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
+from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import MtpWork, Runner, Work
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
@@ -160,3 +162,33 @@ def test_the_number_of_threads_changes_no_bit(kernels, tiny_model, threads):
             runner.forward([Work(slot=slot, pages=[0, 1], start=0, ids=ids, rows=range(90))])
         )
     assert torch.equal(results[0], results[1])
+
+
+def test_engines_that_share_a_model_do_not_share_a_cache(kernels, tiny_model):
+    model = NativeModel.from_model(tiny_model)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = [tuple(range(5, 30)), tuple(range(40, 47))]
+
+    def engine() -> Engine:
+        return Engine(model, max_num_seqs=1, memory_bytes=8 << 20, speculative_tokens=2)
+
+    def run(engines: list[Engine]) -> list[list[int]]:
+        """Every prompt on an engine of its own, a step of each in turn."""
+        answers: list[list[int]] = [[] for _ in engines]
+        for one, prompt in zip(engines, prompts, strict=True):
+            one.add(Request(id="a", prompt_ids=prompt, params=params))
+        while any(one.has_work for one in engines):
+            for one, answer in zip(engines, answers, strict=True):
+                for event in one.step() if one.has_work else ():
+                    answer.extend(event.token_ids)
+        return answers
+
+    alone = engine()
+    alone.add(Request(id="a", prompt_ids=prompts[0], params=params))
+    expected = []
+    while alone.has_work:
+        expected += [token for event in alone.step() for token in event.token_ids]
+    del alone
+    found = run([engine(), engine()])
+    assert found[0] == expected
+    assert len(found[1]) == 12

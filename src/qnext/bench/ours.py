@@ -28,6 +28,7 @@ from qnext.weights.folder import resolve_model
 from qnext.weights.packed import is_packed, open_packed, pack_model
 
 PROMPT_TOKENS = 16
+_PAGE = 4096
 
 
 class Subject:
@@ -42,6 +43,16 @@ class Subject:
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self.model = NativeModel(packed.config, packed.weights, dtype=self.dtype)
         self.threads = threads
+
+    def touch(self) -> None:
+        """Look at every page of the weights, so that no timed step waits for the disk."""
+        for weight in self.packed.weights.values():
+            data = weight if isinstance(weight, torch.Tensor) else weight.data
+            if data.is_contiguous():
+                data.view(-1).view(torch.uint8)[::_PAGE].sum()
+            else:
+                for row in data:
+                    row.view(torch.uint8)[::_PAGE].sum()
 
     @property
     def bits(self) -> Bits | None:

@@ -44,7 +44,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 def _speed(panel: Any, report: Mapping[str, Any]) -> None:
     """Tokens per second against context; of other measurements, one point per case."""
     rows: Sequence[Mapping[str, Any]] = report["cases"]
-    over_context = len({row["context"] for row in rows}) > 1
+    # A line over the context joins cases of one kind only.
+    alike = [row for row in rows if row["kind"] == rows[0]["kind"]]
+    over_context = len({row["context"] for row in alike}) > 1
+    rows = alike if over_context else rows
     x = [row["context"] for row in rows] if over_context else list(range(len(rows)))
     _line(panel, x, [row["tokens_per_second"] for row in rows], COOL, "qnext")
     names = dict.fromkeys(other["name"] for row in rows for other in row["against"])

@@ -92,6 +92,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every case in turn; in each, qnext and the peers in turn within every repetition."""
     found = []
+    subject.touch()
     for case in cases:
         sessions: dict[str, Session] = {OURS: subject.open([case])[0]}
         settings: dict[str, Peer] = {}

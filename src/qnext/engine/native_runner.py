@@ -64,8 +64,7 @@ class NativeRunner(Runner):
         rows = [starts[b] + row for b, work in enumerate(works) for row in work.rows]
         hidden = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(rows), self.native.config.vocab_size)
-        cache.attach()
-        self.native.decoder.forward(
+        cache.decoder.forward(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,
@@ -85,8 +84,7 @@ class NativeRunner(Runner):
         out = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(works), self.native.config.vocab_size)
         rows = np.array(starts[1:], dtype=np.int32) - 1
-        self._deferred.attach()
-        self.native.decoder.forward_mtp(
+        self._deferred.decoder.forward_mtp(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,

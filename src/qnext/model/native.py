@@ -5,6 +5,7 @@ gradients and no taps; a model that needs those is a CausalLM. What is computed 
 projections, mixers and experts in the order of ``model.py``, activations in float32.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
@@ -102,6 +103,8 @@ class NativeModel:
         self._weights = weights
         self._alive: list[object] = []
         self.decoder = self._build()
+        self.cache: weakref.ref[DeferredCache] | None = None
+        """The cache the decoder reads and writes now."""
 
     @classmethod
     def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
@@ -314,15 +317,20 @@ class DeferredCache(HybridCache):
         self._free_rows = list(range(num_pending - 1, -1, -1))
         self._open_pieces: tuple[Piece, ...] | None = None
         self._hidden: Tensor | None = None
-        self._memory = (
-            self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE, model.dtype == torch.bfloat16,
-            self.recurrent, self.conv.view(torch.uint8), num_slots, num_pending, most_pending,
-            self.pending, self.pending_window.view(torch.uint8),
-        )  # fmt: skip
 
-    def attach(self) -> None:
-        """Let the decoder's next call work on this cache: a model may have several."""
-        self.model.decoder.set_cache(*self._memory)
+    @property
+    def decoder(self) -> Any:
+        """The model's decoder, turned to this cache: the caches of several engines may share it."""
+        model = self.model
+        if model.cache is None or model.cache() is not self:
+            model.decoder.set_cache(
+                self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
+                model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8),
+                self.num_slots, self.pending.shape[1], self.most_pending, self.pending,
+                self.pending_window.view(torch.uint8),
+            )  # fmt: skip
+            model.cache = weakref.ref(self)
+        return model.decoder
 
     @property
     def nbytes(self) -> int:
@@ -345,8 +353,7 @@ class DeferredCache(HybridCache):
     def settle(self, slot: int) -> None:
         """Apply the accepted tokens of a slot to its state now."""
         if self.kept[slot]:
-            self.attach()
-            self.model.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
+            self.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
     def slot_bytes(self, slot: int) -> bytes:
