@@ -22,10 +22,17 @@ import torch
 from covering import Row
 from oracle import with_oracle
 
+from qnext import llm as llm_module
+from qnext import native
 from qnext.engine import engine as engine_module
 from qnext.engine import ties
 from qnext.engine.request import SamplingParams, TokenLogprobs
 from qnext.llm import LLM, Completion, Delta, Stream
+from qnext.model.model import CausalLM
+from qnext.model.native import NativeModel
+from qnext.weights.decoder import load_decoder
+
+Model = CausalLM | NativeModel
 
 TOKENS = 16
 """Length of an answer that nothing stops."""
@@ -43,10 +50,28 @@ class Subject:
     """Whether drafts come from the known answer: a random model's own are never right."""
     options: Mapping[str, Any] = field(default_factory=dict)
     _plain: dict[str, "Plain"] = field(default_factory=dict, repr=False)
+    _models: list[Model] = field(default_factory=list, repr=False)
 
     def open(self, **options: Any) -> LLM:
-        """The model with other options; nothing is shared between two of them."""
-        return LLM(self.folder, **{"memory": "64MiB", **self.options, **options})
+        """The model with other options; two of them share the weights and nothing else."""
+        settings = {"memory": "64MiB", "threads": 1, **self.options, **options}
+        with mock.patch.object(llm_module, "load_decoder", self._load):
+            return LLM(self.folder, **settings)
+
+    def _load(self, folder: Path, **options: Any) -> Model:
+        if not self._models:
+            self._models.append(load_decoder(folder, **options))
+        return self._models[0]
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the native kernels run it."""
+        return isinstance(self.alone.model, NativeModel)
+
+    @property
+    def factors(self) -> Mapping[str, Sequence[object]]:
+        """What its rows are made of."""
+        return NATIVE_FACTORS if self.is_native else TORCH_FACTORS
 
     @cached_property
     def alone(self) -> LLM:
@@ -56,6 +81,8 @@ class Subject:
     def plain(self, ask: "Ask") -> "Plain":
         """The plain run; many rows ask the same."""
         if str(ask) not in self._plain:
+            if self.is_native:
+                native.load().set_threads(1)
             self._plain[str(ask)] = plain_run(self, ask)
         return self._plain[str(ask)]
 
@@ -79,7 +106,7 @@ class Way:
     company: int = 0
     park: str | None = None
     stream: bool = False
-    rollback: str = "snapshots"
+    rollback: str | None = None
 
 
 SAMPLING: dict[object, dict[str, Any]] = {
@@ -125,8 +152,12 @@ WAYS: dict[str, tuple[Sequence[object], Edit]] = {
     "park": ((None, "once", "often"), lambda way, value: setattr(way, "park", value)),
     "stream": ((False, True), lambda way, value: setattr(way, "stream", value)),
     "rollback": (("snapshots", "replay"), lambda way, value: setattr(way, "rollback", value)),
+    "threads": ((1, 2, 3), lambda way, value: way.options.update(threads=value)),
 }
 FACTORS = {name: values for name, (values, _) in {**ASKS, **WAYS}.items()}
+TORCH_FACTORS = {name: values for name, values in FACTORS.items() if name != "threads"}
+NATIVE_FACTORS = {name: values for name, values in FACTORS.items() if name != "rollback"}
+"""The native cache knows one way to drop drafts, and the native kernels have their own threads."""
 RULED_OUT: list[dict[str, Sequence[object]]] = [
     {"stream": (True,), "choices": (2,)},  # a stream is one answer; more are refused
 ]
@@ -144,7 +175,8 @@ def way_of(row: Row) -> Way:
     """How a row has it computed."""
     way = Way()
     for name, (_, write) in WAYS.items():
-        write(way, row[name])
+        if name in row:
+            write(way, row[name])
     return way
 
 
@@ -285,7 +317,8 @@ def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
 
 def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> Composed:
     llm = subject.open(**way.options)
-    llm.engine.runner.cache.rollback = way.rollback
+    if way.rollback is not None:
+        llm.engine.runner.cache.rollback = way.rollback
     if subject.drafts_known:
         truth = defaultdict(list, {plain.prompt_ids: list(plain.answers[0].token_ids)})
         with_oracle(llm.engine, truth, 0.75)
@@ -294,7 +327,9 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
     others: list[Stream] = []
     for number in range(way.company):
         length = generator.randrange(1, TOKENS)
-        settings = SamplingParams(temperature=1.0, seed=number, max_tokens=length, ignore_eos=True)
+        settings = SamplingParams(
+            temperature=0.0 if number % 4 else 1.0, seed=number, max_tokens=length, ignore_eos=True
+        )
         others.append(llm.stream(subject.company[number % len(subject.company)], settings))
     if way.park:
         _interrupt(llm, plain.prompt_ids, often=way.park == "often")

@@ -2,8 +2,10 @@
 
 import pytest
 
+from qnext import native
 from qnext.engine import background, engine, prefix, scheduler
 from qnext.model.model import CausalLM
+from qnext.model.native import NativeModel
 from qnext.ops import OpSpec, invariant, select
 
 
@@ -13,6 +15,18 @@ def exact_model(tiny_model) -> CausalLM:
     model = CausalLM(tiny_model.config, ops=select(OpSpec(), prefer=invariant()))
     model.load_state_dict(tiny_model.state_dict())
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def native_models(tiny_model) -> dict[str, NativeModel]:
+    """The tiny model on the native kernels, by mode; skips where they do not run."""
+    reason = native.unfit()
+    if reason is not None:
+        pytest.skip(reason)
+    return {
+        "exact": NativeModel.from_model(tiny_model, invariant=True),
+        "default": NativeModel.from_model(tiny_model),
+    }
 
 
 @pytest.fixture

@@ -5,16 +5,18 @@ import random
 import torch
 
 from qnext.engine.engine import Engine
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.runner import Runner
 
 
-class Oracle(Runner):
-    """The real runner, but drafts come from known continuations instead of the MTP head.
+class Known:
+    """Before a real runner: drafts come from known continuations instead of the MTP head.
 
     ``truth`` maps a prompt to the tokens that follow it; a draft is right with probability
     ``rightness``. The MTP layer still runs, so that its bookkeeping is exercised.
     """
 
+    engine: Engine
     truth: dict[tuple[int, ...], list[int]]
     rightness: float
     generator: random.Random
@@ -48,10 +50,18 @@ class Oracle(Runner):
         return 0  # nothing is drafted
 
 
+class Oracle(Known, Runner):
+    """Known drafts, verified by PyTorch's kernels."""
+
+
+class NativeOracle(Known, NativeRunner):
+    """Known drafts, verified by the native kernels."""
+
+
 def with_oracle(engine: Engine, truth, rightness: float, seed: int = 0) -> Engine:
     """Give an engine known drafts."""
     runner = engine.runner
-    runner.__class__ = Oracle
+    runner.__class__ = NativeOracle if isinstance(runner, NativeRunner) else Oracle
     runner.engine, runner.truth, runner.rightness = engine, truth, rightness
     runner.generator = random.Random(seed)
     return engine

@@ -9,10 +9,12 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 from composition import (
-    FACTORS,
+    NATIVE_FACTORS,
     RULED_OUT,
     TOKENS,
+    TORCH_FACTORS,
     Answer,
     Composed,
     Plain,
@@ -25,15 +27,26 @@ from composition import (
 )
 from covering import Row, covering_array, is_ruled_out
 
+from qnext import native
 from qnext.engine import engine as engine_module
+from qnext.engine import native_runner
 from qnext.engine.engine import Engine
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.request import SamplingParams, TokenLogprobs
 from qnext.engine.runner import Runner
 from qnext.errors import BackendError
 from qnext.model.cache import HybridCache
+from qnext.model.native import DeferredCache
 
-PAIRS = covering_array(FACTORS, ruled_out=RULED_OUT)
+PAIRS = covering_array(NATIVE_FACTORS, ruled_out=RULED_OUT)
+TORCH_PAIRS = covering_array(TORCH_FACTORS, ruled_out=RULED_OUT)
+QUIET_PAIRS = covering_array(
+    {name: values for name, values in NATIVE_FACTORS.items() if name != "threads"},
+    ruled_out=RULED_OUT,
+)
+"""With one thread: how work is shared out does not depend on the model or the mode."""
+SINGLES = covering_array(NATIVE_FACTORS, strength=1, ruled_out=RULED_OUT)
+"""Not every pair, but every value of every factor."""
 
 STORY = (
     "Once upon a time there was a cat who lived in an old mill by the river. Every morning she "
@@ -59,37 +72,43 @@ COMPANY = (
 )
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_folder) -> Subject:
-    return Subject(
-        folder=tiny_folder, text=STORY[-150:], messages=TALK[-1:], company=COMPANY,
-        drafts_known=True, options={"batch_invariant": True},
-    )  # fmt: skip
+MODELS: dict[str, dict[str, object]] = {
+    "torch": {"backend": "torch", "dtype": "float32"},
+    "float32": {"backend": "native", "dtype": "float32"},
+    "bfloat16": {"backend": "native", "dtype": "bfloat16"},
+    "int8": {"backend": "native", "quantization": "int8"},
+    "int4": {"backend": "native", "quantization": "int4"},
+}
 
 
 @pytest.fixture(scope="module")
-def mini() -> Subject:
-    return Subject(
-        folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
-        options={"batch_invariant": True, "dtype": "float32"},
-    )  # fmt: skip
+def subjects(tiny_folder):
+    """By name: "tiny" is a random model, "mini" the embedded one; "ordinary" promises less."""
+    made: dict[tuple[str, ...], Subject] = {}
 
+    def find(name: str, kind: str, mode: str = "independent") -> Subject:
+        options = {**MODELS[kind], "batch_invariant": mode == "independent"}
+        if (name, kind, mode) not in made:
+            made[name, kind, mode] = (
+                Subject(
+                    folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY,
+                    drafts_known=False, options=options,
+                )
+                if name == "mini"
+                else Subject(
+                    folder=tiny_folder, text=STORY[-150:], messages=TALK[-1:], company=COMPANY,
+                    drafts_known=True, options=options,
+                )
+            )  # fmt: skip
+        return made[name, kind, mode]
 
-@pytest.fixture(scope="module")
-def ordinary() -> dict[str, Subject]:
-    """The embedded model in the ordinary mode, by dtype."""
-    return {
-        dtype: Subject(
-            folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
-            options={"dtype": dtype},
-        )
-        for dtype in ("float32", "bfloat16")
-    }  # fmt: skip
+    yield find
+    native.load().set_threads(torch.get_num_threads())
 
 
 @pytest.fixture
 def checked_once(monkeypatch):
-    """Every row opens its model anew; that its ops are independent is a test of its own."""
+    """Every row opens its model anew; that its rows are independent is a test of its own."""
     monkeypatch.setattr(engine_module, "check_path_independence", lambda model: None)
 
 
@@ -109,52 +128,93 @@ def short(row: Row) -> str:
 # -- path-independent ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", PAIRS, ids=short)
+@pytest.mark.parametrize("row", TORCH_PAIRS, ids=short)
 @pytest.mark.usefixtures("checked_once")
-def test_any_two_features_together_change_no_bit_of_a_random_model(tiny, row):
-    check(tiny, row)
-
-
-@pytest.mark.parametrize("row", PAIRS, ids=short)
-@pytest.mark.usefixtures("checked_once")
-def test_any_two_features_together_change_no_bit_of_the_embedded_model(mini, row):
-    check(mini, row)
+def test_any_two_features_together_change_no_bit_on_pytorch(subjects, row):
+    check(subjects("tiny", "torch"), row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "mini"])
+@pytest.mark.parametrize("row", TORCH_PAIRS, ids=short)
 @pytest.mark.usefixtures("checked_once")
-def test_any_three_features_together_change_no_bit(request, name):
-    subject = request.getfixturevalue(name)
+def test_any_two_features_together_change_no_bit_of_the_embedded_model_on_pytorch(subjects, row):
+    check(subjects("mini", "torch"), row)
+
+
+@pytest.mark.parametrize("row", QUIET_PAIRS, ids=short)
+@pytest.mark.usefixtures("checked_once")
+def test_any_two_features_together_change_no_bit_of_a_random_model(subjects, row):
+    check(subjects("tiny", "float32"), row)
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=short)
+@pytest.mark.usefixtures("checked_once")
+def test_any_two_features_together_change_no_bit_of_the_embedded_model(subjects, row):
+    check(subjects("mini", "float32"), row)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("row", SINGLES, ids=short)
+@pytest.mark.usefixtures("checked_once")
+def test_features_together_change_no_bit_of_other_weights(subjects, kind, row):
+    check(subjects("mini", kind), row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("row", PAIRS, ids=short)
+@pytest.mark.usefixtures("checked_once")
+def test_any_two_features_together_change_no_bit_of_other_weights(subjects, kind, row):
+    check(subjects("mini", kind), row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tiny", "torch"), ("mini", "torch"), ("tiny", "float32"),
+     *(("mini", kind) for kind in MODELS if kind != "torch")],
+)  # fmt: skip
+@pytest.mark.usefixtures("checked_once")
+def test_any_three_features_together_change_no_bit(subjects, name, kind):
+    subject = subjects(name, kind)
     drafted = accepted = 0
-    for row in covering_array(FACTORS, strength=3, ruled_out=RULED_OUT):
+    for row in covering_array(subject.factors, strength=3, ruled_out=RULED_OUT):
         composed = check(subject, row)
         drafted, accepted = drafted + composed.drafted, accepted + composed.accepted
     assert 0 < accepted < drafted
 
 
-@pytest.mark.parametrize("name", ["tiny", "mini"])
-def test_the_rows_are_run_with_independent_ops(request, name):
-    check_path_independence(request.getfixturevalue(name).open().model)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tiny", "torch"), ("tiny", "float32"), *(("mini", kind) for kind in MODELS)],
+)
+def test_the_rows_are_run_with_independent_kernels(subjects, name, kind):
+    check_path_independence(subjects(name, kind).alone.model)
 
 
-def test_the_array_covers_every_pair():
-    for one, other in itertools.combinations(FACTORS, 2):
-        found = {(row[one], row[other]) for row in PAIRS}
-        for values in itertools.product(FACTORS[one], FACTORS[other]):
+@pytest.mark.parametrize(
+    ("factors", "pairs"),
+    [(NATIVE_FACTORS, PAIRS), (TORCH_FACTORS, TORCH_PAIRS)],
+    ids=["native", "pytorch"],
+)
+def test_the_array_covers_every_pair(factors, pairs):
+    for one, other in itertools.combinations(factors, 2):
+        found = {(row[one], row[other]) for row in pairs}
+        for values in itertools.product(factors[one], factors[other]):
             pair = dict(zip((one, other), values, strict=True))
             assert (values in found) != is_ruled_out(pair, RULED_OUT), pair
-    assert not any(is_ruled_out(row, RULED_OUT) for row in PAIRS)
+    assert not any(is_ruled_out(row, RULED_OUT) for row in pairs)
     # What is refused elsewhere needs its other value to be there.
     assert all(len(rule) == 2 for rule in RULED_OUT)
 
 
-def test_what_the_rows_are_about_does_happen(mini):
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_what_the_rows_are_about_does_happen(subjects, kind):
     """Drafts of the real head are accepted and rejected; two stops end an answer early."""
-    ends = set()
+    ends, mini = set(), subjects("mini", kind)
     drafted = accepted = 0
     for drafts, stop in ((2, "token"), (4, "string"), (1, None)):
-        row = {**{name: values[0] for name, values in FACTORS.items()},
+        row = {**{name: values[0] for name, values in mini.factors.items()},
                "drafts": drafts, "stop": stop}  # fmt: skip
         composed = check(mini, row)
         drafted, accepted = drafted + composed.drafted, accepted + composed.accepted
@@ -181,22 +241,36 @@ def compare_all(subject: Subject, rows: list[Row]) -> Tally:
     return tally
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only(ordinary, dtype):
-    tally = compare_all(ordinary[dtype], PAIRS)
-    print(f"\nordinary mode, {dtype}, {len(PAIRS)} rows: {tally}")
-    assert tally.positions > 400
-    # The rule excuses little: most positions have no rival at all.
-    assert tally.near_ties < tally.positions * {"float32": 0.01, "bfloat16": 0.3}[dtype]
+def report(kind: str, subject: Subject, rows: list[Row]) -> Tally:
+    tally = compare_all(subject, rows)
+    print(f"\nordinary mode, {kind}, {len(rows)} rows: {tally}")
     assert 0 < tally.accepted < tally.drafted
     assert tally.furthest > 0.0  # another path was taken, or nothing would have been shown
+    # The rule excuses little: most positions have no rival at all.
+    assert tally.near_ties < tally.positions * (0.01 if "float32" in kind else 0.3)
+    return tally
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only(subjects, kind):
+    assert report(kind, subjects("mini", kind, "ordinary"), QUIET_PAIRS).positions > 400
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_ordinary_mode_any_three_features_differ_at_near_ties_only(ordinary, dtype):
-    rows = covering_array(FACTORS, strength=3, ruled_out=RULED_OUT)
-    print(f"\nordinary mode, {dtype}, {len(rows)} rows: {compare_all(ordinary[dtype], rows)}")
+def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only_on_pytorch(dtype):
+    subject = Subject(
+        folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
+        options={"backend": "torch", "dtype": dtype},
+    )  # fmt: skip
+    assert report(f"pytorch {dtype}", subject, TORCH_PAIRS).positions > 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_in_ordinary_mode_any_three_features_differ_at_near_ties_only(subjects, kind):
+    subject = subjects("mini", kind, "ordinary")
+    report(kind, subject, covering_array(subject.factors, strength=3, ruled_out=RULED_OUT))
 
 
 # -- would the arrays notice? --------------------------------------------------------------------
@@ -213,6 +287,65 @@ def a_state_is_resumed_without_its_window(patch):
 
 
 def rejected_drafts_stay_in_the_state(patch):
+    keep = DeferredCache.keep
+
+    def everything(self, counts=None):
+        pieces = self._open_pieces
+        keep(self, counts)
+        for piece in pieces:
+            if piece.speculative:
+                self.kept[piece.slot] = piece.tokens
+
+    patch.setattr(DeferredCache, "keep", everything)
+
+
+def accepted_drafts_are_not_settled(patch):
+    def forget(self, slot):
+        self.kept[slot] = 0
+
+    patch.setattr(DeferredCache, "settle", forget)
+
+
+def the_last_accepted_token_is_not_applied(patch):
+    keep = DeferredCache.keep
+
+    def all_but_one(self, counts=None):
+        keep(self, counts)
+        self.kept[:] = [max(count - 1, 0) for count in self.kept]
+
+    patch.setattr(DeferredCache, "keep", all_but_one)
+
+
+def positions_start_over(patch):
+    table = native_runner._table
+
+    def again(works, starts, rest):
+        works = [replace(work, start=work.start % 64) for work in works]
+        return table(works, starts, rest)
+
+    patch.setattr(native_runner, "_table", again)
+
+
+def everybody_has_the_same_pending_row(patch):
+    table = native_runner._table
+
+    def first(works, starts, rest):
+        return table(works, starts, [(*some, 0) for *some, _ in rest])
+
+    patch.setattr(native_runner, "_table", first)
+
+
+def windows_of_accepted_drafts_are_lost(patch):
+    begin = DeferredCache.begin
+
+    def without(self, pieces):
+        begin(self, pieces)
+        self.pending_window.zero_()
+
+    patch.setattr(DeferredCache, "begin", without)
+
+
+def rejected_drafts_stay_in_the_state_of_pytorch(patch):
     pick = HybridCache._pick
 
     def everything(self, view, live, kept):
@@ -258,38 +391,68 @@ def penalties_count_rejected_drafts(patch):
 
 MISTAKES = {
     a_state_is_resumed_without_its_window: {"cache": ("exact", "partial", "branch")},
-    rejected_drafts_stay_in_the_state: {"drafts": (3, 4), "rollback": ("snapshots",)},
     a_shared_page_is_not_copied: {"cache": ("exact", "partial", "branch")},
-    positions_of_a_chunk_start_over: {"chunk": (7, 64)},
     noise_goes_by_steps_instead_of_tokens: {"sampling": ("seeded", "penalised")},
     penalties_count_rejected_drafts: {"sampling": ("penalised",), "drafts": (2, 3, 4)},
 }
+OF_PYTORCH = {
+    **MISTAKES,
+    positions_of_a_chunk_start_over: {"chunk": (7, 64)},
+    rejected_drafts_stay_in_the_state_of_pytorch: {"drafts": (3, 4), "rollback": ("snapshots",)},
+}
+OF_NATIVE = {
+    **MISTAKES,
+    rejected_drafts_stay_in_the_state: {"drafts": (3, 4)},
+    accepted_drafts_are_not_settled: {"drafts": (1, 2, 3, 4), "park": ("often",)},
+    the_last_accepted_token_is_not_applied: {"drafts": (1, 2, 3, 4)},
+    positions_start_over: {"chunk": (7, 64)},
+    everybody_has_the_same_pending_row: {"drafts": (1, 2, 3, 4), "batch": (3, 16)},
+    windows_of_accepted_drafts_are_lost: {"drafts": (1, 2, 3, 4)},
+}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-@pytest.mark.parametrize("mode", ["independent", "float32", "bfloat16"])
-@pytest.mark.usefixtures("checked_once")
-def test_the_arrays_notice(mini, ordinary, monkeypatch, mode, mistake):
-    """Positive controls: with a mistake in the engine some of the rows it concerns fail."""
-    subject = mini if mode == "independent" else ordinary[mode]
-    concerned = [
-        row for row in PAIRS if all(row[f] in values for f, values in MISTAKES[mistake].items())
-    ]
-    assert concerned
-    for row in concerned:
+def notices(subject: Subject, mistake, rows: list[Row], monkeypatch) -> bool:
+    """Whether one of the rows fails with the mistake."""
+    for row in rows:
         plain = subject.plain(ask_of(row))
         with monkeypatch.context() as patch:
             mistake(patch)
             composed = composed_run(subject, row, plain)
-        if mode == "independent":
+        if subject.options.get("batch_invariant"):
             if composed.answers != plain.answers:
-                return
+                return True
             continue
         try:
             compare_under_tie_rule(plain, composed, Tally())
         except AssertionError:
-            return
-    pytest.fail(f"{len(concerned)} rows with the mistake passed")
+            return True
+    return False
+
+
+def concerned(rows: list[Row], settings) -> list[Row]:
+    found = [row for row in rows if all(row[f] in values for f, values in settings.items())]
+    assert found, settings
+    return found
+
+
+@pytest.mark.parametrize("mistake", OF_NATIVE, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("float32", "independent"), ("float32", "ordinary"), ("bfloat16", "ordinary"),
+     pytest.param("int4", "independent", marks=pytest.mark.slow)],
+)  # fmt: skip
+@pytest.mark.usefixtures("checked_once")
+def test_the_arrays_notice(subjects, monkeypatch, kind, mode, mistake):
+    """Positive controls: with a mistake in the engine some of the rows it concerns fail."""
+    rows = concerned(PAIRS, OF_NATIVE[mistake])
+    assert notices(subjects("mini", kind, mode), mistake, rows, monkeypatch), len(rows)
+
+
+@pytest.mark.parametrize("mistake", OF_PYTORCH, ids=lambda mistake: mistake.__name__)
+@pytest.mark.usefixtures("checked_once")
+def test_the_arrays_notice_on_pytorch(subjects, monkeypatch, mistake):
+    rows = concerned(TORCH_PAIRS, OF_PYTORCH[mistake])
+    assert notices(subjects("tiny", "torch"), mistake, rows, monkeypatch), len(rows)
 
 
 def answer(ids: tuple[int, ...], logprob: float) -> Answer:
@@ -333,3 +496,18 @@ def test_the_tie_rule_excuses_rivals_and_nothing_else(other, complaint):
 def test_a_model_without_independent_rows_is_refused(tiny_model):
     with pytest.raises(BackendError, match="gives other bits when a prompt is split"):
         Engine(tiny_model, batch_invariant=True)
+
+
+def test_two_engines_of_one_native_model_do_not_meet(subjects):
+    """The model is shared, caches are not: steps of the two alternate."""
+    subject = subjects("mini", "float32")
+    wishes = [SamplingParams(temperature=1.0, seed=seed, max_tokens=12) for seed in (1, 2)]
+    alone = [subject.open().generate(STORY, wish)[0].token_ids for wish in wishes]
+    engines = [subject.open(speculative_tokens=2) for _ in wishes]
+    streams = [llm.stream(STORY, wish) for llm, wish in zip(engines, wishes, strict=True)]
+    found: list[list[int]] = [[], []]
+    for pieces in itertools.zip_longest(*streams):
+        for tokens, piece in zip(found, pieces, strict=True):
+            tokens.extend(piece.token_ids if piece else ())
+    assert [list(tokens) for tokens in alone] == found
+    assert alone[0] != alone[1]

@@ -7,6 +7,7 @@ tokens, a log-probability moves by 7e-7 in the median and by 3e-3 at most.
 """
 
 import random
+from typing import Any
 
 import pytest
 from oracle import with_oracle
@@ -15,9 +16,13 @@ from traffic import Clock, Session, Traffic, drive
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.engine import Engine, Settings
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Event, Request, TokenLogprobs
 from qnext.engine.runner import Runner
+from qnext.engine.speculative import DraftPolicy
 from qnext.model.cache import PAGE_SIZE, HybridCache
+from qnext.model.model import CausalLM
+from qnext.model.native import DeferredCache, NativeModel
 
 TIE = 0.01
 """Log-probabilities of the default mode closer than this may come in either order."""
@@ -66,7 +71,14 @@ class Remembering(Session):
             max_model_len=LONGEST + 30, vocab_size=512, defined_ids=512,
             speculative_tokens=speculative_tokens,
         )  # fmt: skip
-        runner = Runner(model, num_slots=9, num_pages=PAGES, track_mtp=speculative_tokens != 0)
+        cache: dict[str, Any] = {
+            "num_slots": 9, "num_pages": PAGES, "track_mtp": speculative_tokens != 0,
+        }  # fmt: skip
+        if isinstance(model, NativeModel):
+            limit = DraftPolicy(speculative_tokens).limit
+            runner = NativeRunner(model, num_speculative=4, max_drafts=limit, **cache)
+        else:
+            runner = Runner(model, **cache)
         engine = Engine.around(runner, PagePool(PAGES), settings, clock=Clock(seed))
         with_oracle(engine, self.truth, 0.6, seed)
         self.traffic = Traffic(dice, vocab_size=512, longest=LONGEST, plain=True)
@@ -89,13 +101,25 @@ class Remembering(Session):
         drive(self, self.traffic, self._dice, steps=steps)
 
 
+@pytest.fixture
+def find(request):
+    """A model by kernels and mode."""
+
+    def one(kernels: str, mode: str) -> CausalLM | NativeModel:
+        if kernels == "native":
+            return request.getfixturevalue("native_models")[mode]
+        return request.getfixturevalue("exact_model" if mode == "exact" else "tiny_model")
+
+    return one
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize(
     ("mode", "seed", "drafts"), [("exact", 0, 3), ("exact", 3, 4), ("default", 1, "auto")]
 )
-def test_of_five_hundred_steps_each_says_what_a_cold_engine_says(request, mode, seed, drafts):
-    model = request.getfixturevalue("exact_model" if mode == "exact" else "tiny_model")
+def test_of_five_hundred_steps_each_says_what_a_cold_engine_says(find, kernels, mode, seed, drafts):
     tie = 0.0 if mode == "exact" else TIE
-    session = Remembering(model, seed, speculative_tokens=drafts, tie=tie)
+    session = Remembering(find(kernels, mode), seed, speculative_tokens=drafts, tie=tie)
     session.drive(170)
     assert session.finished > 30
     assert session.reused > 5
@@ -103,8 +127,9 @@ def test_of_five_hundred_steps_each_says_what_a_cold_engine_says(request, mode, 
     assert sum(session.engine.policy.taken) > 20
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("part", ["recurrent", "conv", "kv"])
-def test_the_comparison_notices_what_is_lost_on_resume(exact_model, monkeypatch, part):
+def test_the_comparison_notices_what_is_lost_on_resume(find, monkeypatch, kernels, part):
     copy_slot, copy_page = HybridCache.copy_slot, HybridCache.copy_page
 
     def without(self, source, target):
@@ -116,5 +141,25 @@ def test_the_comparison_notices_what_is_lost_on_resume(exact_model, monkeypatch,
             getattr(self, part)[:, target] = 0
 
     monkeypatch.setattr(HybridCache, "copy_page" if part == "kv" else "copy_slot", without)
+    model = find(kernels, "exact")
     with pytest.raises(AssertionError, match="S7"):
-        Remembering(exact_model, 0, speculative_tokens=0, tie=0.0).drive(170)
+        Remembering(model, 0, speculative_tokens=0, tie=0.0).drive(170)
+
+
+@pytest.mark.parametrize("mistake", ["settle", "count"])
+def test_the_comparison_notices_wrongly_applied_drafts(find, monkeypatch, mistake):
+    keep = DeferredCache.keep
+
+    def unsettled(self, slot):
+        self.kept[slot] = 0
+
+    def one_less(self, counts=None):
+        keep(self, counts)
+        self.kept[:] = [max(count - 1, 0) for count in self.kept]
+
+    if mistake == "settle":
+        monkeypatch.setattr(DeferredCache, "settle", unsettled)
+    else:
+        monkeypatch.setattr(DeferredCache, "keep", one_less)
+    with pytest.raises(AssertionError, match="S7"):
+        Remembering(find("native", "exact"), 0, speculative_tokens=3, tie=0.0).drive(170)
