@@ -35,7 +35,7 @@ _AUTO, _OFF, _ON = -1, 0, 1
 def library() -> ModuleType:
     """The C interface. Raises RequestError when the package is not installed."""
     try:
-        from llama_cpp import llama_cpp
+        from llama_cpp import llama_cpp  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise RequestError(
             f"--against llama.cpp needs the package {error.name}, which is not installed. Install "
@@ -334,7 +334,7 @@ class LlamaPeer:
 
     def about(self) -> dict[str, Any]:
         """Version, system and file."""
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         system = self.model.lib.llama_print_system_info()
         return {
