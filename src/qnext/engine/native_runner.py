@@ -63,8 +63,8 @@ class NativeRunner(Runner):
             (b, count, slot) for b, work in enumerate(works) for count, slot in work.captures
         ]
         rows = [starts[b] + row for b, work in enumerate(works) for row in work.rows]
-        hidden = torch.empty(starts[-1], self.native.config.hidden_size)
-        logits = torch.empty(len(rows), self.native.config.vocab_size)
+        hidden = np.empty((starts[-1], self.native.config.hidden_size), dtype=np.float32)
+        logits = np.empty((len(rows), self.native.config.vocab_size), dtype=np.float32)
         cache.decoder.forward(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
@@ -75,9 +75,11 @@ class NativeRunner(Runner):
             logits=logits,
             invariant=self.native.invariant,
         )
-        cache.remember(hidden, captures)
-        self._works, self._hidden = works, hidden
-        return logits
+        # Arrays, because handing tensors to the kernels costs several times as much.
+        rows_PD = torch.from_numpy(hidden)
+        cache.remember(rows_PD, captures)
+        self._works, self._hidden = works, rows_PD
+        return torch.from_numpy(logits)
 
     def propose(
         self, works: Sequence[MtpWork], counts: Sequence[int], *, defined_ids: int
@@ -91,7 +93,7 @@ class NativeRunner(Runner):
         sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
         most = max(counts, default=0)
         tokens = np.zeros((len(works), most), dtype=np.int32)
-        hidden = self._take_backlog(works).float().contiguous()
+        hidden = self._take_backlog(works).float().contiguous().numpy()
         self._deferred.decoder.propose(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,

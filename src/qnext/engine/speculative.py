@@ -20,6 +20,9 @@ PRIOR = 8.0
 """Outcomes that the average of all requests counts for in the estimate of one."""
 WINDOW = 32
 """Measured steps that count."""
+HURDLE = 1.08
+"""Drafting must promise so much more than none: what it costs beside the steps that are measured,
+above all reading prompts, is not known, and measured times scatter."""
 PROBE_STEPS = 4
 """Steps of one probe."""
 FIRST_REST = 64
@@ -129,10 +132,11 @@ class DraftPolicy:
         return 0 if count % 64 == 0 or (known < 4 and count % 4 == 0) else best
 
     def _rate(self, request_ids: Sequence[str], bucket: int, drafts: int) -> float:
-        """Expected tokens per second of a step with so many drafts per sequence."""
+        """Expected tokens per second with so many drafts each, less what they must gain."""
         tokens = sum(self._expected(request_id, drafts) for request_id in request_ids)
         # A coarse clock may not have moved.
-        return tokens / max(self._seconds(bucket, drafts), 1e-9)
+        hurdle = HURDLE if drafts else 1.0
+        return tokens / max(self._seconds(bucket, drafts) * hurdle, 1e-9)
 
     def _expected(self, request_id: str, drafts: int) -> float:
         own = self.by_request.get(request_id)

@@ -57,6 +57,8 @@ class PackedStack(Protocol):
 
 Weight = Tensor | Packed | PackedStack
 
+FEW = 8
+"""Up to so many rows, copying each by itself costs less than gathering and scattering them."""
 TILE_ROWS = 32
 """Rows that packed formats keep together."""
 DRAFT_SHARE, DRAFT_LEAST, DRAFT_MOST = 2, 1024, 32768
@@ -496,5 +498,9 @@ class DeferredCache(HybridCache):
                 rows.append(row + count - 1)
                 slots.append(piece.slot)
             row += piece.tokens
-        self.last_hidden[slots] = self._hidden[rows].to(self.last_hidden.dtype)
+        if len(rows) <= FEW:
+            for row, slot in zip(rows, slots, strict=True):
+                self.last_hidden[slot].copy_(self._hidden[row])
+        else:
+            self.last_hidden[slots] = self._hidden[rows].to(self.last_hidden.dtype)
         self._hidden = None
