@@ -26,6 +26,7 @@ from tqdm import tqdm
 from benchmarks.harness import write_result
 from qnext import cost, native
 from qnext.config import ModelConfig
+from qnext.engine import drafting as drafting_module
 from qnext.engine import engine as engine_module
 from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
@@ -119,10 +120,11 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         (runner, "forward", "build the batch"),
         (runner, "fill", "build the batch"),
         (runner, "draft", "build the batch"),
+        *([(runner, "propose", "build the batch")] if isinstance(runner, NativeRunner) else []),
         (runner, "keep", "keep"),
         (scheduler, "plan", "plan"),
         (engine_module, "choose", "sample"),
-        (engine_module, "sample", "sample"),
+        (drafting_module, "sample", "sample"),
         (engine, "step", "accept and report"),
     ]
     decoder = None
@@ -141,7 +143,7 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         if isinstance(runner, NativeRunner):
             runner.native.decoder = decoder
         for owner, name, work in kept:
-            if owner is engine_module:
+            if owner in (engine_module, drafting_module):
                 setattr(owner, name, work)
             else:
                 delattr(owner, name)  # the method of the class shows again

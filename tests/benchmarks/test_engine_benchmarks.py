@@ -11,6 +11,7 @@ from benchmarks import overhead, speculation
 from qnext import LLM, save_model
 from qnext.config import ModelConfig
 from qnext.cost import parameters
+from qnext.engine import drafting as drafting_module
 from qnext.engine import engine as engine_module
 from qnext.engine.engine import Engine
 from qnext.engine.speculative import MAX_DRAFTS
@@ -86,11 +87,11 @@ def test_nothing_is_left_of_the_stopwatch(runners, kind):
         pytest.skip("needs the native kernels")
     model = runners[kind]
     engine = Engine(model, max_num_seqs=2, max_batch_tokens=64)
-    before = engine_module.choose, engine_module.sample, getattr(model, "decoder", None)
+    before = engine_module.choose, drafting_module.sample, getattr(model, "decoder", None)
     with overhead.watched(engine):
         assert engine_module.choose is not before[0]
         assert getattr(model, "decoder", None) is not before[2] or kind == "PyTorch"
-    assert before == (engine_module.choose, engine_module.sample, getattr(model, "decoder", None))
+    assert before == (engine_module.choose, drafting_module.sample, getattr(model, "decoder", None))
     for owner in (engine, engine.runner, engine.scheduler, model):
         assert not {"step", "run", "forward", "plan"} & set(vars(owner))
 
