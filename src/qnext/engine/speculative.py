@@ -62,6 +62,7 @@ class DraftPolicy:
         self.rests = False
         """Whether drafting did not pay when last asked: then prompts need not be read at once."""
         self._times: dict[tuple[str, int, int], deque[float]] = {}
+        self._medians: dict[tuple[str, int], dict[int, float]] = {}
         self._rest: dict[int, int] = {}
         self._resting: dict[int, int] = {}
         self._probing: dict[int, int] = {}
@@ -98,7 +99,9 @@ class DraftPolicy:
 
     def _note_time(self, phase: str, sequences: int, drafts: int, seconds: float) -> None:
         key = (phase, _bucket(sequences), drafts)
-        self._times.setdefault(key, deque(maxlen=WINDOW)).append(seconds)
+        times = self._times.setdefault(key, deque(maxlen=WINDOW))
+        times.append(seconds)
+        self._medians.setdefault(key[:2], {})[drafts] = statistics.median(times)
 
     # -- choice ----------------------------------------------------------------------------------
 
@@ -163,11 +166,7 @@ class DraftPolicy:
     def _guess(
         self, phase: str, bucket: int, drafts: int, *, growth: float, otherwise: float = 1.0
     ) -> float:
-        known = {
-            k: statistics.median(times)
-            for (p, b, k), times in self._times.items()
-            if p == phase and b == bucket
-        }
+        known = self._medians.get((phase, bucket), {})
         if drafts in known:
             return known[drafts]
         if not known:
