@@ -7,7 +7,6 @@ that those before it were. Both sides are measured while serving. What is chosen
 only: the tokens of a request never depend on how many were drafted.
 """
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,7 +100,7 @@ class DraftPolicy:
         key = (phase, _bucket(sequences), drafts)
         times = self._times.setdefault(key, deque(maxlen=WINDOW))
         times.append(seconds)
-        self._medians.setdefault(key[:2], {})[drafts] = statistics.median(times)
+        self._medians.setdefault(key[:2], {})[drafts] = sorted(times)[len(times) // 2]
 
     # -- choice ----------------------------------------------------------------------------------
 
@@ -112,20 +111,24 @@ class DraftPolicy:
         if not request_ids:
             return 0
         bucket = _bucket(len(request_ids))
+        resting = self._resting.get(bucket, 0)
+        if resting > 1:
+            # Nothing is weighed before the rest is over: a small model's step is soon outweighed.
+            self._resting[bucket] = resting - 1
+            return 0
+        if resting == 1:
+            self._resting[bucket] = 0
+            self._probing[bucket] = PROBE_STEPS
         best = max(range(MAX_DRAFTS + 1), key=lambda k: (self._rate(request_ids, bucket, k), -k))
         if self._probing.get(bucket, 0) > 0:
             self._probing[bucket] -= 1
             return max(best, 1)
         self.rests = best == 0
         if best > 0:
-            self._rest[bucket], self._resting[bucket] = FIRST_REST, 0
+            self._rest[bucket] = FIRST_REST
             return self._sometimes_without(bucket, best)
-        self._resting[bucket] = self._resting.get(bucket, 0) + 1
-        if self._resting[bucket] >= self._rest.setdefault(bucket, FIRST_REST):
-            self._rest[bucket] = min(self._rest[bucket] * 2, LONGEST_REST)
-            self._resting[bucket] = 0
-            self._probing[bucket] = PROBE_STEPS - 1
-            return 1
+        self._resting[bucket] = self._rest.setdefault(bucket, FIRST_REST)
+        self._rest[bucket] = min(self._rest[bucket] * 2, LONGEST_REST)
         return 0
 
     def _sometimes_without(self, bucket: int, best: int) -> int:
