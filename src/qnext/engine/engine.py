@@ -565,6 +565,9 @@ class Engine:
         """Let the MTP layer catch up, and propose tokens for those that decode."""
         if not self.policy.limit:
             return
+        if self.policy.rests_on(len(sequences)):
+            self._read_backlogs([s for s in sequences if s.done + 1 - s.mtp_len >= MAX_BACKLOG])
+            return
         started = self._clock()
         decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
         k = self.policy.choose([s.request.id for s in decoding])
@@ -599,7 +602,11 @@ class Engine:
         """Before snapshots: their pages should hold the MTP layer's rows too, read in one go."""
         if not self.policy.limit:
             return
-        behind = [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
+        self._read_backlogs(
+            [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
+        )
+
+    def _read_backlogs(self, behind: Sequence[Running]) -> None:
         if behind:
             self.runner.fill([read_up(s) for s in behind])
 

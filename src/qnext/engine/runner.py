@@ -81,6 +81,7 @@ class Runner:
         self.cache, self.track_mtp = cache, track_mtp
         self._works: Sequence[Work] = ()
         self._hidden: Tensor | None = None
+        self._step_rows = 0
         # Hidden rows not yet read by the MTP layer, oldest first, and its own last output.
         self._backlog: dict[int, list[Tensor]] = {}
         self._drafting: dict[int, Tensor] = {}
@@ -178,18 +179,18 @@ class Runner:
             if self.track_mtp and count:
                 self._backlog[work.slot].append(self._hidden[start : start + count])
             start += len(work.ids)
-        self._hidden = None
+        self._hidden, self._step_rows = None, start
 
     def _own_backlog(self) -> None:
         """Copy out rows that the MTP layer left unread beside many of a prompt.
 
         They are views of all hidden rows of their step, which are to be freed.
         """
-        for work in self._works if self.track_mtp else ():
+        if not self.track_mtp or self._step_rows <= 4 * len(self._works):
+            return
+        for work in self._works:
             rows = self._backlog.get(work.slot)
-            if rows and rows[-1].untyped_storage().nbytes() > 4 * len(self._works) * (
-                rows[-1][0].numel() * rows[-1].element_size()
-            ):
+            if rows:
                 rows[-1] = rows[-1].clone()
 
     @torch.inference_mode()

@@ -110,15 +110,9 @@ class DraftPolicy:
             return self.setting
         if not request_ids:
             return 0
-        bucket = _bucket(len(request_ids))
-        resting = self._resting.get(bucket, 0)
-        if resting > 1:
-            # Nothing is weighed before the rest is over: a small model's step is soon outweighed.
-            self._resting[bucket] = resting - 1
+        if self.rests_on(len(request_ids)):
             return 0
-        if resting == 1:
-            self._resting[bucket] = 0
-            self._probing[bucket] = PROBE_STEPS
+        bucket = _bucket(len(request_ids))
         best = max(range(MAX_DRAFTS + 1), key=lambda k: (self._rate(request_ids, bucket, k), -k))
         if self._probing.get(bucket, 0) > 0:
             self._probing[bucket] -= 1
@@ -130,6 +124,19 @@ class DraftPolicy:
         self._resting[bucket] = self._rest.setdefault(bucket, FIRST_REST)
         self._rest[bucket] = min(self._rest[bucket] * 2, LONGEST_REST)
         return 0
+
+    def rests_on(self, sequences: int) -> bool:
+        """Whether a step of so many sequences belongs to a rest, of which it is then one less.
+
+        Nothing is weighed before a rest is over: it would cost more than a small model's step.
+        """
+        bucket = _bucket(sequences)
+        resting = self._resting.get(bucket, 0)
+        if resting == 1:
+            self._probing[bucket] = PROBE_STEPS
+        if resting:
+            self._resting[bucket] = resting - 1
+        return resting > 1
 
     def _sometimes_without(self, bucket: int, best: int) -> int:
         """Now and then a step without drafts, so that the price of drafting stays known."""
