@@ -61,6 +61,8 @@ class NativeOracle(Known, NativeRunner):
 def with_oracle(engine: Engine, truth, rightness: float, seed: int = 0) -> Engine:
     """Give an engine known drafts."""
     runner = engine.runner
+    # Drafts in one native call would not ask fill and draft, which are answered here.
+    runner.proposes = False
     runner.__class__ = NativeOracle if isinstance(runner, NativeRunner) else Oracle
     runner.engine, runner.truth, runner.rightness = engine, truth, rightness
     runner.generator = random.Random(seed)

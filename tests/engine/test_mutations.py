@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import Machine
 
+from qnext.engine import drafting
+from qnext.engine import engine as engine_module
 from qnext.engine import scheduler as scheduler_module
 from qnext.engine.blocks import PagePool
 from qnext.engine.engine import Engine
@@ -216,11 +218,14 @@ def rejected_drafts_stay_in_the_state(patch):
 
 @mutation("fill: MTP row")
 def mtp_rows_are_off_by_one(patch):
-    reading = Engine._reading
-    patch.setattr(
-        Engine, "_reading",
-        lambda self, sequence: replace(w := reading(self, sequence), start=w.start + 1),
-    )  # fmt: skip
+    read_up = drafting.read_up
+
+    def shifted(sequence):
+        work = read_up(sequence)
+        return replace(work, start=work.start + 1)
+
+    patch.setattr(drafting, "read_up", shifted)
+    patch.setattr(engine_module, "read_up", shifted)
 
 
 @mutation("fill")
