@@ -429,7 +429,8 @@ class Typist:
 def test_chat_in_a_terminal(tiny_folder) -> None:
     here, there = pty.openpty()
     process = start(
-        "chat", str(tiny_folder), "--max-tokens", "5", "--temperature", "0", stdin=there, stdout=there, stderr=there,
+        "chat", str(tiny_folder), "--max-tokens", "5", "--temperature", "0",
+        stdin=there, stdout=there, stderr=there,
         text=False, env={**ENVIRONMENT, "TERM": "dumb"},
     )  # fmt: skip
     os.close(there)
