@@ -174,7 +174,7 @@ void bind_decoder(nb::module_& m) {
       .def("set_cache",
            [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size, bool is_bf16, Array<float> recurrent, Array<uint8_t> conv,
               int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
-              Array<uint8_t> pending_window) {
+              Array<uint8_t> pending_window, Array<uint8_t> last_hidden) {
              Cache& c = self.cache;
              c.is_bf16 = is_bf16;
              c.number_bytes = is_bf16 ? 2 : 4;
@@ -188,6 +188,7 @@ void bind_decoder(nb::module_& m) {
              c.most_pending = most_pending;
              c.pending = pending.data();
              c.pending_window = pending_window.data();
+             c.last_hidden = last_hidden.data();
            })
       .def("settle",
            [](Decoder& self, int64_t slot, int64_t pending, int64_t kept) {

@@ -63,6 +63,7 @@ struct Cache {
   float* recurrent = nullptr;  // [delta layers][slots][W][K][M]
   uint8_t* conv = nullptr;     // [delta layers][slots][J-1][ch]
   int64_t slots = 0, number_bytes = 4;
+  uint8_t* last_hidden = nullptr;  // [slots][D], of the type of the pages
   // What a speculative step leaves behind until the next one, [delta layers][num][most][...]: how
   // each token would change the state, and its convolution inputs.
   int64_t num_pending = 0, most_pending = 0;

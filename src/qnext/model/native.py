@@ -396,7 +396,7 @@ class DeferredCache(HybridCache):
                 self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
                 model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8),
                 self.num_slots, self.pending.shape[1], self.most_pending, self.pending,
-                self.pending_window.view(torch.uint8),
+                self.pending_window.view(torch.uint8), self.last_hidden.view(torch.uint8),
             )  # fmt: skip
             model.cache = weakref.ref(self)
         return model.decoder
