@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "lane.h"
+#include "step.h"
 
 namespace qnext {
 namespace {
@@ -83,6 +84,36 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
   return nb::make_tuple(found, round.forward_s, round.choose_s, round.draft_s);
 }
 
+// Up to counts[b] drafts of each sequence, after the MTP layer has read the rows of `sequences`.
+nb::list propose(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>& lanes,
+                 nb::list outputs, Array<const int32_t> ids, Array<const int64_t> sequences,
+                 Array<const int64_t> pages, Array<const float> hidden,
+                 const std::vector<int64_t>& counts, float least_share, bool invariant) {
+  Step step = step_of(ids, sequences, pages);
+  const size_t B = step.sequences.size();
+  if (lanes.size() != B || nb::len(outputs) != B || counts.size() != B) {
+    throw nb::value_error("propose: expected one entry for each sequence.");
+  }
+  step.hidden_in = hidden.data();
+  step.invariant = invariant;
+  std::vector<Chooser*> choosers;
+  std::vector<std::vector<int32_t>> drafts(B);
+  std::vector<std::vector<int32_t>*> into;
+  for (size_t b = 0; b < B; ++b) {
+    sync(lanes[b]->chooser, nb::cast<nb::list>(outputs[b]));
+    choosers.push_back(&lanes[b]->chooser);
+    into.push_back(&drafts[b]);
+  }
+  {
+    nb::gil_scoped_release release;
+    make_drafts(decoder, step, drafting.head, counts, choosers, least_share, into, drafting.space,
+                pool());
+  }
+  nb::list found;
+  for (const auto& tokens : drafts) found.append(nb::cast(tokens));
+  return found;
+}
+
 }  // namespace
 
 void bind_lane(nb::module_& m) {
@@ -113,6 +144,10 @@ void bind_lane(nb::module_& m) {
         nb::arg("wanted"), nb::arg("hidden"), nb::arg("logits").none(), nb::arg("defined"),
         nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
         "One step of lanes that decode, with choosing, accepting and drafting.");
+  m.def("propose", &propose, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
+        nb::arg("outputs"), nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
+        nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"), nb::arg("invariant"),
+        "Drafts by reading what is new with the MTP layer, and guessing on.");
 }
 
 }  // namespace qnext

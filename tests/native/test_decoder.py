@@ -15,6 +15,7 @@ from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.engine.scheduler import Sequence
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 
@@ -191,7 +192,15 @@ def test_drafts_of_one_call_are_those_of_single_steps(
     pages = [[0, 1], [2, 3], [4, 5]]
     works = [_read_prompt(single, text, table)[1] for text, table in zip(texts, pages, strict=True)]
     works = [_read_prompt(whole, text, table)[1] for text, table in zip(texts, pages, strict=True)]
-    got = whole.propose(works, counts, defined_ids=defined_ids)
+    params = SamplingParams(temperature=0.0)
+    readers = [
+        Sequence(
+            request=Request(id=str(b), prompt_ids=tuple(text), params=params), seed=0,
+            max_tokens=9, arrival=b, slot=works[b].slot, pages=pages[b],
+        )
+        for b, text in enumerate(texts)
+    ]  # fmt: skip
+    got = whole.propose(works, counts, readers, defined_ids=defined_ids, least_share=0.0)
     logits = single.fill(works)
     wanted: list[list[int]] = [[], [], []]
     for depth in range(3):

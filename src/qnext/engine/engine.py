@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from qnext import cost
+from qnext.engine import native_sampler
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
 from qnext.engine.drafting import draft_ahead, read_up
 from qnext.engine.invariance import check_path_independence
+from qnext.engine.lanes import Lanes
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
-from qnext.engine.request import Event, FinishReason, Request, Usage
+from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs, Usage
 from qnext.engine.runner import Runner, Work
-from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of
+from qnext.engine.sampler import SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
@@ -240,6 +242,14 @@ class Engine:
             max_chunk_tokens=settings.max_chunk_tokens,
             interval=settings.snapshot_interval,
         )
+        self._choose, self._logprobs_of = choose, logprobs_of
+        self.lanes: Lanes | None = None
+        if isinstance(runner, NativeRunner):
+            self._choose, self._logprobs_of = native_sampler.choose, native_sampler.logprobs_of
+            self.lanes = Lanes(
+                runner, self.scheduler, self.policy,
+                defined_ids=self.defined_ids, tie_bound=self.tie_bound,
+            )  # fmt: skip
         self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
@@ -294,6 +304,10 @@ class Engine:
         self._cancelled.clear()
         self._catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
         events = [self._end(sequence, reason) for sequence, reason in gone]
+        if self.lanes is not None and self.lanes.ready():
+            events.extend(self._run_lanes(self.lanes))
+            self.steps += 1
+            return events
         items = self.scheduler.plan()
         if items:
             events.extend(self._run(items))
@@ -318,6 +332,37 @@ class Engine:
         self._plant([item])
         self.background.ran(item)
         return item.count
+
+    def _run_lanes(self, lanes: Lanes) -> list[Event]:
+        """A step of nothing but plain decoding."""
+        events: list[Event] = []
+
+        def told(
+            sequence: Running,
+            tokens: list[int],
+            reason: FinishReason | None,
+            logprobs: list[TokenLogprobs],
+        ) -> None:
+            if sequence.request.params.is_penalised:
+                sequence.counts.update(tokens)
+            events.append(
+                Event(
+                    request_id=sequence.request.id,
+                    token_ids=tokens,
+                    finish_reason=reason,
+                    usage=_usage(sequence),
+                    logprobs=tuple(logprobs),
+                )
+            )
+
+        ended, due = lanes.step(told)
+        if due is not None:
+            self._draft([s for s in self.scheduler.running if s not in ended], due)
+        if ended:
+            self._catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
+            for sequence in ended:
+                self._end_quietly(sequence)
+        return events
 
     def _run(self, items: Sequence[Item]) -> list[Event]:
         started = self._clock()
@@ -347,9 +392,9 @@ class Engine:
         every = len(wanted) == logits.shape[0] and wanted == list(range(len(wanted)))
         chosen = logits[wanted] if rows and not every else logits
         tokens: list[int] = []
-        rivals: list[Rivals] = []
+        rivals: Sequence[object] = []
         if rows:
-            tokens, rivals = choose(
+            tokens, rivals = self._choose(
                 chosen, rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
             )
         counts, outcomes = [], []
@@ -419,7 +464,7 @@ class Engine:
             index=len(sequence.output_ids) + len(drafts),
             prompt_ids=request.prompt_ids,
             counts=sequence.counts,
-            stop_ids=_stop_ids(request),
+            stop_ids=request.stop_ids,
             bad_words=request.bad_ids,
         )
         if drafts and (request.params.presence_penalty or request.params.frequency_penalty
@@ -443,7 +488,7 @@ class Engine:
         drafted, accepted = len(sequence.drafts), len(emitted) - 1
         self.policy.note(sequence.request.id, drafted, accepted)
         sequence.drafted += drafted
-        stops = _stop_ids(sequence.request)
+        stops = sequence.request.stop_ids
         room = sequence.max_tokens - len(sequence.output_ids)
         reason: FinishReason | None = None
         for i, token in enumerate(emitted):
@@ -497,7 +542,7 @@ class Engine:
         logprobs = ()
         top = sequence.request.params.logprobs
         if top is not None and emitted:
-            logprobs = tuple(logprobs_of(chosen, emitted, [top] * len(emitted)))
+            logprobs = tuple(self._logprobs_of(chosen, emitted, [top] * len(emitted)))
         scored = tuple(sequence.prompt_logprobs)
         if len(sequence.output_ids) > len(emitted):
             scored = ()
@@ -516,7 +561,7 @@ class Engine:
         self,
         twins: Sequence[tuple[Running, Running, int]],
         tokens: Sequence[int],
-        rivals: Sequence[Rivals],
+        rivals: Sequence[object],
         chosen: Tensor,
     ) -> list[tuple[Event, Running]]:
         """First tokens of the requests that waited for a prompt to be run.
@@ -556,21 +601,25 @@ class Engine:
                 own = logits[at + start - sequence.done : at + end - sequence.done]
                 top = sequence.request.params.prompt_logprobs or 0
                 targets = prompt[start + 1 : end + 1]
-                sequence.prompt_logprobs += logprobs_of(own, targets, [top] * len(targets))
+                sequence.prompt_logprobs += self._logprobs_of(own, targets, [top] * len(targets))
             at += rows
 
     # -- drafts and snapshots --------------------------------------------------------------------
 
-    def _draft(self, sequences: Sequence[Running]) -> None:
-        """Let the MTP layer catch up, and propose tokens for those that decode."""
+    def _draft(self, sequences: Sequence[Running], k: int | None = None) -> None:
+        """Let the MTP layer catch up, and propose tokens for those that decode.
+
+        ``k`` for each, 0 to let it rest; None asks the policy.
+        """
         if not self.policy.limit:
             return
-        if self.policy.rests_on(len(sequences)):
+        if k == 0 or (k is None and self.policy.rests_on(len(sequences))):
             self._read_backlogs([s for s in sequences if s.done + 1 - s.mtp_len >= MAX_BACKLOG])
             return
         started = self._clock()
         decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
-        k = self.policy.choose([s.request.id for s in decoding])
+        if k is None:
+            k = self.policy.choose([s.request.id for s in decoding])
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
             s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
@@ -580,7 +629,7 @@ class Engine:
             return
         proposals = draft_ahead(
             self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
-            defined_ids=self.defined_ids,
+            defined_ids=self.defined_ids, least_share=self.policy.least_share,
         )  # fmt: skip
         for sequence, tokens in zip(reading, proposals, strict=True):
             sequence.drafts.extend(tokens)
@@ -653,11 +702,6 @@ def _usage(sequence: Running) -> Usage:
         accepted_tokens=sequence.accepted,
         near_ties=sequence.near_ties,
     )
-
-
-def _stop_ids(request: Request) -> tuple[int, ...]:
-    eos = () if request.params.ignore_eos else request.eos_ids
-    return (*eos, *request.params.stop_token_ids)
 
 
 def _draft_setting(setting: int | str, *, has_head: bool) -> int | str:

@@ -88,6 +88,13 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop everything at once; remove it.")
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether earlier tokens of the answer change the scores of later ones."""
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
     @staticmethod
     def _check(
         name: str, value: Any, low: float, high: float | None, *, open_low: bool = False
@@ -127,6 +134,12 @@ class Request:
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end the answer."""
+        eos = () if self.params.ignore_eos else self.eos_ids
+        return (*eos, *self.params.stop_token_ids)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
@@ -138,7 +151,7 @@ class TokenLogprobs:
     """(token id, log-probability), likeliest first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Usage:
     """What a request has cost so far, in tokens."""
 
@@ -172,7 +185,7 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Event:
     """What one step added to one request."""
 

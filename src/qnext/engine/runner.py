@@ -53,9 +53,6 @@ class MtpWork:
 class Runner:
     """One model and one cache; ``track_mtp`` keeps what the MTP head needs."""
 
-    proposes = False
-    """Whether ``propose`` makes all greedy drafts of a step at once."""
-
     def __init__(
         self,
         model: CausalLM,

@@ -60,6 +60,8 @@ class DraftPolicy:
         """Drafts accepted by position, since the start."""
         self.rests = False
         """Whether drafting did not pay when last asked: then prompts need not be read at once."""
+        self.least_share = 0.0
+        """Drafts that the head finds less likely than this are not made."""
         self._times: dict[tuple[str, int, int], deque[float]] = {}
         self._medians: dict[tuple[str, int], dict[int, float]] = {}
         self._rest: dict[int, int] = {}

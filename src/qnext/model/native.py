@@ -120,12 +120,13 @@ class NativeModel:
         self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
         self.invariant = invariant
         self.has_mtp = "mtp.fc.weight" in weights
-        self._native = native.load()
+        self.module = self._native = native.load()
         self._weights = weights
         self._alive: list[object] = []
         tied = config.tie_word_embeddings
         self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         self._draft_heads: dict[int, DraftHead] = {}
+        self._drafting: dict[int, Any] = {}
         self.decoder = self._build()
         self.cache: weakref.ref[DeferredCache] | None = None
         """The cache the decoder reads and writes now."""
@@ -165,6 +166,15 @@ class NativeModel:
         head = DraftHead(matrix, ids, int((ids < defined_ids).sum()))
         self._draft_heads[defined_ids] = head
         return head
+
+    def drafting(self, defined_ids: int) -> Any:
+        """What a native step needs to make drafts; an empty one for a model without MTP head."""
+        found = self._drafting.get(defined_ids)
+        if found is None:
+            n, none = self._native, np.zeros(0, dtype=np.int32)
+            head = self.draft_head(defined_ids) if self.has_mtp else (n.Matrix(), none, 0)
+            found = self._drafting[defined_ids] = n.Drafting(*head)
+        return found
 
     # -- building --------------------------------------------------------------------------------
 
@@ -451,17 +461,29 @@ class DeferredCache(HybridCache):
         super().load(slot, saved)
         self.kept[slot] = 0
 
+    def pending_of(self, slot: int) -> int:
+        """Where the undecided tokens of a slot go; 0 if sequences have none."""
+        if not self.pending.shape[1]:
+            return 0
+        if slot not in self.pending_row:
+            self.pending_row[slot] = self._free_rows.pop()
+        return self.pending_row[slot]
+
     # -- steps -----------------------------------------------------------------------------------
+
+    def advance(self, slot: int, count: int, *, speculative: bool) -> None:
+        """A step run by the decoder alone has added so many tokens to a sequence."""
+        self._lengths[slot] += count
+        self.kept[slot] = count if speculative else 0
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """Note what the coming step of the decoder runs; ``keep`` ends it."""
         assert self._open_pieces is None, "keep() of the previous step has not been called"
         for piece in pieces:
             assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
-            if piece.speculative and self.pending.shape[0]:
+            if piece.speculative and self.pending.shape[1]:
                 assert piece.tokens <= self.most_pending, (piece, self.most_pending)
-                if piece.slot not in self.pending_row:
-                    self.pending_row[piece.slot] = self._free_rows.pop()
+                self.pending_of(piece.slot)
         self._open_pieces = tuple(pieces)
 
     def remember(self, hidden: Tensor, captures: Sequence[tuple[int, int, int]]) -> None:
