@@ -213,9 +213,16 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Prepare training data."""
+    from qnext import data_command
+
+    return data_command.run(arguments)
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
-    "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
+    "cache": cache, "quantize": quantize, "synth": synth, "bench": bench, "data": data,
 }  # fmt: skip
 
 
@@ -425,6 +432,10 @@ def build_parser() -> argparse.ArgumentParser:
     action = _command(actions, "info", "what a folder given with --cache-dir holds")
     action.add_argument("folder", metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
+
+    from qnext import data_command
+
+    data_command.add_parser(commands)
 
     one = _command(commands, "bench", "how fast this machine runs a model, and its limits")
     one.add_argument(
