@@ -52,7 +52,7 @@ EXTRA = {
 """Corpora beside those of the first embedded model."""
 
 KINDS = (
-    ("CDLA", "CDLA"), ("public domain", "public domain"), ("CC0", "CC0"), ("CC BY 4.0", "CC BY"),
+    ("CDLA", "CDLA"), ("CC0", "CC0"), ("CC BY 4.0", "CC BY"), ("public domain", "public domain"),
     ("Apache", "Apache-2.0"), ("MIT", "MIT"), ("BSD", "BSD"),
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ TOKENIZER_SHARES = {
 
 MADE = {
     "sums": 6000, "worked": 7000, "problems": 7000, "recall": 3000, "copies": 2500,
-    "template_stories": 3000, "smalltalk": 600, "needles": 700,
+    "template_stories": 3000, "smalltalk": 600, "needles": 700, "short_needles": 5000,
 }  # fmt: skip
 """Generated documents per source."""
 
@@ -88,9 +88,10 @@ def plan(data: Path, evaluation: Path | None = None) -> Plan:
             made.append(_talks(entry, data))
     for name, make in _MAKERS.items():
         made.append(_generated(name, make, MADE[name]))
-    made.append(
-        Source(name="needles", licence=licence_of(EXTRA["essays"]), documents=_needles(data))
-    )
+    for name, least, ratio in (("needles", 2500, 5.5), ("short_needles", 150, 18.0)):
+        found = _needles(data, name, least, ratio)
+        made.append(Source(name=name, licence=licence_of(sources.source("textbooks")),
+                           documents=found))  # fmt: skip
     for name, (make_chat, count) in lessons.LESSONS.items():
         made.append(_generated(name, make_chat, count))
     evals = evaluation or data / "evals"
@@ -181,7 +182,8 @@ def _talks(entry: sources.Source, data: Path) -> Source:
         for one in documents.finetuning(entry, rows, SEED):
             assert isinstance(one.item, Talk)
             chat = lessons.with_mode(rng, converted(one.item, "assistant"))
-            yield Document(id=one.id, item=chat, held_out=documents.is_held_out(one.id))
+            held = documents.is_held_out(one.id)
+            yield Document(id=one.id, item=chat, held_out=held, compare=False)
 
     return Source(name=f"{entry.name}_chat", licence=licence_of(entry), documents=found)
 
@@ -206,7 +208,9 @@ def _generated(name: str, make: Callable[[Random], str | Chat], count: int) -> S
     def found() -> Iterator[Document]:
         rng = Random(f"{SEED}/{name}")
         for number in range(count):
-            yield Document(id=f"made/{name}/{number}", item=make(rng), made=True)
+            yield Document(
+                id=f"made/{name}/{number}", item=make(rng), held_out=False, compare=False
+            )
 
     return Source(
         name=name,
@@ -243,21 +247,23 @@ _MAKERS: dict[str, Callable[[Random], str]] = {
 }
 
 
-def _needles(data: Path) -> Callable[[], Iterator[Document]]:
-    """Needles in essays, textbooks and made-up stories, of 400 to 14,000 characters."""
+def _needles(data: Path, name: str, least: int, ratio: float) -> Callable[[], Iterator[Document]]:
+    """Needles in essays, textbooks and made-up stories of ``least`` characters up to ``ratio``
+    times as many; most texts hold several, and all of them are asked for.
+    """
 
     def found() -> Iterator[Document]:
-        rng = Random(f"{SEED}/needles")
+        rng = Random(f"{SEED}/{name}")
         hay: list[str] = []
-        for name in ("essays", "textbooks"):
-            entry = EXTRA.get(name) or sources.source(name)
+        for corpus in ("essays", "textbooks"):
+            entry = EXTRA.get(corpus) or sources.source(corpus)
             for number, row in enumerate(reading.read_rows(data / entry.file)):
                 if number % 9 == 0:
                     text = sources.plain(row.value["text"])[3000:60_000]
                     if sources.is_clean(text):
                         hay.append(" ".join(text.split()))
-        for number in range(MADE["needles"]):
-            size = int(400 * 35 ** rng.random())
+        for number in range(MADE[name]):
+            size = int(least * ratio ** rng.random())
             if rng.random() < 0.5:
                 sentences = stories.haystack(rng, size)
             else:
@@ -265,9 +271,10 @@ def _needles(data: Path) -> Callable[[], Iterator[Document]]:
                 start = rng.randint(0, max(0, len(text) - size))
                 sentences = [s + "." for s in text[start : start + size].split(". ")]
             made = recall.needle(
-                rng, sentences, depth=rng.random(), distractors=rng.choice((0, 0, 1, 2, 3, 4)),
+                rng, sentences, depth=rng.random(), distractors=rng.choice((0, 1, 2, 3, 5, 7)),
                 held_out=False,
             )  # fmt: skip
-            yield Document(id=f"made/needles/{number}", item=made.chat(), made=True)
+            chat = made.chat(everything=True, further=rng.randint(0, len(made.others)))
+            yield Document(id=f"made/{name}/{number}", item=chat, held_out=False, compare=False)
 
     return found

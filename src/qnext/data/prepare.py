@@ -37,8 +37,9 @@ class Document:
     item: str | Chat
     held_out: bool | None = None
     """Whether it is kept for evaluation; None lets the hash of the id decide."""
-    made: bool = False
-    """Made by a generator: not compared with others."""
+    compare: bool = True
+    """Whether it is dropped when something like it came before; not for what a generator made, nor
+    for lessons made from a text that is read elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +120,7 @@ class Sieve:
         if self.against and self.contamination.holds(words):
             counts.contaminated += 1
             return None
-        if not document.made:
+        if document.compare:
             near = self.duplicates.near_found
             if not self.duplicates.is_new(words):
                 found_near = self.duplicates.near_found > near
@@ -130,13 +131,10 @@ class Sieve:
 
 
 def is_held_out(document: Document, one_in: int) -> bool:
-    """Whether a document is kept for evaluation: as its source says, or by the hash of its id.
-
-    Made documents never are: generators keep their own questions apart.
-    """
+    """Whether a document is kept for evaluation: as its source says, or by the hash of its id."""
     if document.held_out is not None:
         return document.held_out
-    if document.made or not one_in:
+    if not one_in:
         return False
     digest = hashlib.sha256(document.id.encode()).digest()
     return int.from_bytes(digest[:4], "big") % one_in == 0

@@ -168,8 +168,7 @@ def _json_rows(stream: IO[bytes], file: Path, utf8: Utf8, limit: int) -> Iterato
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            ended = not line.endswith(b"\n") and error.pos >= len(text.rstrip()) - 1
-            cut = " The file ends here: it was cut short." if ended else ""
+            cut = "" if line.endswith(b"\n") else " The file ends here: it was cut short."
             raise DataError(
                 f"{where} is not a complete JSON object: {error.msg} at column {error.colno}.{cut} "
                 "Mend or remove the line."

@@ -84,13 +84,13 @@ def may_train(a: int, sign: str, b: int) -> bool:
     """Whether neither this pair nor one met while working it out is held out."""
     if is_held_out(a, b):
         return False
-    a, b = max(a, b), min(a, b)
-    if sign != "×" or b < 10:
+    if sign != "×" or min(a, b) < 10:
         return True
-    tens, ones = divmod(b, 10)
-    return not (
-        is_held_out(a, ones) or is_held_out(a, tens) or is_held_out(a * ones, a * tens * 10)
-    )
+    for x, y in ((a, b), (b, a)):
+        tens, ones = divmod(y, 10)
+        if is_held_out(x, ones) or is_held_out(x, tens) or is_held_out(x * ones, x * tens * 10):
+            return False
+    return True
 
 
 _KINDS = {"add": "+", "subtract": "-", "multiply": "×"}

@@ -40,11 +40,11 @@ class Exercise:
 def is_held_out(*operands: int | str) -> bool:
     """Whether a set of operands is kept for evaluation, in any order and any format.
 
-    One set in ten, by hash. Sums and products of single digits are never held out: there are only
-    a hundred of them, and everything else is built from them.
+    One set in ten, by hash. Single digits and differences such as 14 - 8 are never held out:
+    there are few of them, and all working is built from them.
     """
     numbers = [one for one in operands if isinstance(one, int)]
-    if len(numbers) == len(operands) and max(numbers) < 10:
+    if len(numbers) == len(operands) and max(numbers) < 19 and sum(n > 9 for n in numbers) < 2:
         return False
     key = ",".join(map(str, sorted(numbers) if numbers else operands))
     return hashlib.sha256(key.encode()).digest()[0] < 26

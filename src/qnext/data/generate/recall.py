@@ -43,15 +43,23 @@ class Needle:
     question: str
     answer: str
     value: str
+    others: tuple[tuple[str, str], ...] = ()
+    """(question, answer) of the distractors."""
 
-    def chat(self) -> Chat:
-        """As one turn with an empty think block in the prompt."""
+    def chat(self, *, everything: bool = False, further: int = 0) -> Chat:
+        """Text and question in one turn, the empty think block in the prompt.
+
+        ``further`` distractors are asked for in later turns; ``everything`` lets the model learn
+        the text too.
+        """
+        turns = [(f"{self.text}\n\n{self.question}", self.answer), *self.others[:further]]
+        messages = []
+        for ask, say in turns:
+            messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
         return Chat(
-            messages=(
-                {"role": "user", "content": f"{self.text}\n\n{self.question}"},
-                {"role": "assistant", "content": self.answer},
-            ),
+            messages=tuple(messages),
             enable_thinking=False,
+            learn="everything" if everything else "assistant",
         )
 
     def right(self, text: str) -> bool:
@@ -84,6 +92,10 @@ def needle(
         question=f"What is the secret number of {people[0]}?",
         answer=facts[0],
         value=values[0],
+        others=tuple(
+            (f"What is the secret number of {one}?", fact)
+            for one, fact in zip(people[1:], facts[1:], strict=True)
+        ),
     )
 
 
