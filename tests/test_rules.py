@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
             "doctor", "info", "terminal_chat", "cache_command", "quantization", "certificate",
             "bench", "errors"},
+    "train": {"model", "ops", "weights", "text", "native", "config", "cost", "errors"},
     "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
     "cache_command": {"engine", "errors"},
     "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
@@ -41,7 +42,18 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate", "bench"},
+    "torch": {
+        "ops",
+        "model",
+        "weights",
+        "engine",
+        "llm",
+        "doctor",
+        "cli",
+        "certificate",
+        "bench",
+        "train",
+    },
     "transformers": {"bench"},
     "gguf": {"bench"},
     "llama_cpp": {"bench"},
