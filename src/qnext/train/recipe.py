@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_or
 from qnext.errors import RecipeError
 
 if TYPE_CHECKING:
-    from qnext.train.batch import TrainBatch
+    from qnext.train.batch import DataSource
 
 SHAPES = ("constant", "linear", "cosine", "sqrt")
 """Ways from the peak rate to the final one."""
@@ -51,24 +51,15 @@ class Need:
     vocab_size: int
 
 
-class DataSource(Protocol):
-    """Opened data of one stage. Position is the step number, so there is nothing to save."""
-
-    @property
-    def tokenizer(self) -> str | None:
-        """``tokenizer_digest`` of the tokenizer that made the ids; None for ids made without."""
-        ...
-
-    def micro_batches(self, step: int) -> "Sequence[TrainBatch]":
-        """The batches of one step, a pure function of (seed, stage, step)."""
-        ...
-
-
 class Data(Protocol):
     """What a stage trains on: a frozen dataclass of plain values, written into the run's record."""
 
-    def open(self, need: Need) -> DataSource:
+    def open(self, need: Need) -> "DataSource":
         """Find the files and check them. Raises DataError."""
+        ...
+
+    def tokenizer_digest(self) -> str | None:
+        """``tokenizer_digest`` of the tokenizer that made the ids; None for ids made without."""
         ...
 
 
@@ -431,7 +422,7 @@ def _with(node: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _names(kind: type) -> dict[str, Any]:
-    return {**vars(sys.modules[kind.__module__]), "TrainBatch": object}
+    return {**vars(sys.modules[kind.__module__]), "DataSource": object}
 
 
 def _fitted(value: Any, hint: Any, key: str) -> Any:
@@ -511,6 +502,6 @@ def _share(name: str, value: float) -> None:
 
 
 __all__ = [
-    "Data", "DataSource", "Guard", "Need", "Objectives", "Optimiser", "Recipe", "Rope", "Schedule",
+    "Data", "Guard", "Need", "Objectives", "Optimiser", "Recipe", "Rope", "Schedule",
     "Stage", "changed", "load_recipe", "nearest", "tokenizer_digest",
 ]  # fmt: skip
