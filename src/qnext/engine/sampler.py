@@ -188,7 +188,8 @@ def _adjust(scores_V: Tensor, row: SampleRow) -> None:
         if row.mask is not None and not bool((scores_V > float("-inf")).any()):
             scores_V[banned] = before
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.counts}), device=scores_V.device)
+        seen = sorted({*row.prompt_ids, *row.counts})
+        seen = torch.tensor(seen, dtype=torch.long, device=scores_V.device)
         seen = seen[seen < scores_V.shape[0]]
         values = scores_V[seen]
         scale = params.repetition_penalty
