@@ -28,6 +28,7 @@ from qnext.engine.request import (
     SamplingParams,
 )
 from qnext.engine.sizes import check_counts, parse_bytes
+from qnext.engine.watch import Watch
 from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
@@ -205,6 +206,20 @@ class LLM:
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
 
+    def prepare_score(
+        self, prompt: str | Sequence[int], *, top: int = 0, watch: Watch | None = None
+    ) -> tuple[Request, TextReader]:
+        """A request that says how likely a text is, with ``top`` alternatives of every token.
+
+        They are the ``prompt_logprobs`` of its last delta; ``watch`` also records the routing.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=top)
+        request = replace(self._request(ids, params, score_only=True), watch=watch)
+        return request, TextReader(
+            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+        )
+
     def prepare_chat(
         self,
         messages: Sequence[Message],
@@ -296,15 +311,9 @@ class LLM:
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
         several = _several(prompts)
-        params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            request = self._request(ids, params, score_only=True)
-            reader = TextReader(
-                self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
-            )
-            pairs.append((request, reader))
+            pairs.append(self.prepare_score(prompt))
         scores = []
         with self._submitted(pairs) as names:
             for (request, _), name in zip(pairs, names, strict=True):
