@@ -33,6 +33,10 @@ MAY_IMPORT = {
             "bench", "errors"},
     "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
     "cache_command": {"engine", "errors"},
+    "data": {"text", "errors"},
+    "eval": {"llm", "engine", "data", "text", "model", "ops", "config", "errors"},
+    "train": {"data", "eval", "model", "ops", "native", "text", "weights", "cost", "config",
+              "errors"},
     "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
                     "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
@@ -42,7 +46,19 @@ MAY_IMPORT = {
 
 # Third-party packages confined to a part of the tree.
 CONFINED = {
-    "torch": {"ops", "model", "weights", "engine", "llm", "doctor", "cli", "certificate", "bench"},
+    "torch": {
+        "ops",
+        "model",
+        "weights",
+        "engine",
+        "llm",
+        "doctor",
+        "cli",
+        "certificate",
+        "bench",
+        "train",
+        "eval",
+    },
     "transformers": {"bench"},
     "gguf": {"bench"},
     "llama_cpp": {"bench"},
@@ -51,7 +67,7 @@ CONFINED = {
     "msgspec": {"serve"},
     "prometheus_client": {"serve"},
     "jinja2": {"text"},
-    "tokenizers": {"text"},
+    "tokenizers": {"text", "data"},
     "triton": {"ops"},
     "fla": {"ops"},
 }
