@@ -110,7 +110,7 @@ def test_a_prompt_that_does_not_fit_has_the_code_clients_look_for(live) -> None:
         ({"prompt": ["a"] * 65}, "prompt: expected at most 64 prompts, got 65."),
         ({"prompt": ["a", ""]}, "the prompt is empty"),
         ({"prompt": [1, "a"]}, "prompt: expected str, a list of str, a list of token ids, or"),
-        ({"prompt": [True]}, "prompt: expected str, a list of str, a list of token ids, or"),
+        ({"prompt": [True]}, "prompt[0]: expected int | str | array, got bool."),
         ({"prompt": "x", "best_of": 3}, "best_of: 3 asks for more answers than n (1)"),
         ({"prompt": "x", "logprobs": 21}, "logprobs: expected at least 0 and at most 20"),
         ({"prompt": [5, 70000]}, "prompt token 1: id 70000 is outside the vocabulary"),
