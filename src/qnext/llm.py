@@ -28,9 +28,11 @@ from qnext.engine.request import (
     SamplingParams,
 )
 from qnext.engine.sizes import check_counts, parse_bytes
+from qnext.engine.watch import Watch
 from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
+from qnext.text.calls.parts import assemble
 from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
@@ -204,6 +206,20 @@ class LLM:
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
 
+    def prepare_score(
+        self, prompt: str | Sequence[int], *, top: int = 0, watch: Watch | None = None
+    ) -> tuple[Request, TextReader]:
+        """A request that says how likely a text is, with ``top`` alternatives of every token.
+
+        They are the ``prompt_logprobs`` of its last delta; ``watch`` also records the routing.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=top)
+        request = replace(self._request(ids, params, score_only=True), watch=watch)
+        return request, TextReader(
+            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+        )
+
     def prepare_chat(
         self,
         messages: Sequence[Message],
@@ -212,8 +228,12 @@ class LLM:
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
+        parse_tools: bool = True,
     ) -> tuple[Request, TextReader]:
-        """A request that answers a conversation through the checkpoint's chat template."""
+        """A request that answers a conversation through the checkpoint's chat template.
+
+        ``parse_tools`` False leaves tool calls in the text, where the request forbids them.
+        """
         options = {**(template_options or {}), "tools": tools}
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
@@ -229,6 +249,8 @@ class LLM:
             split_reasoning=True,
             starts_in_reasoning=opens_thinking(prompt),
             conversation=Conversation(messages=tuple(messages), options=options),
+            tool_format=self.template.tool_format if tools and parse_tools else None,
+            tools=tools,
         )
 
     def _request(
@@ -275,7 +297,7 @@ class LLM:
         """
         several = _several(prompts)
         prepared = [
-            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
+            self.choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -289,15 +311,9 @@ class LLM:
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
         several = _several(prompts)
-        params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            request = self._request(ids, params, score_only=True)
-            reader = TextReader(
-                self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
-            )
-            pairs.append((request, reader))
+            pairs.append(self.prepare_score(prompt))
         scores = []
         with self._submitted(pairs) as names:
             for (request, _), name in zip(pairs, names, strict=True):
@@ -316,7 +332,7 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        pairs = self._choices(
+        pairs = self.choices(
             *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
         )
         with self._submitted(pairs) as names:
@@ -342,7 +358,7 @@ class LLM:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return Stream(self, self._submit(*pair))
 
-    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+    def choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
         """The ``n`` answers to one prompt, which is run once for all of them."""
         pairs = [(request, reader)]
         if request.params.n > 1:
@@ -428,7 +444,8 @@ class LLM:
         ``chat`` and ``stream`` do this themselves; it is for those that step the engine.
         """
         answer = reader.answer()
-        is_over = reason != "cancelled" and TOOL_OPEN not in answer["content"]
+        calls = answer.get("tool_calls") or TOOL_OPEN in answer["content"]
+        is_over = reason != "cancelled" and not calls
         if reader.conversation is not None and is_over and reader.request.choice == 0:
             self._answered.append((reader.conversation, answer))
 
@@ -512,6 +529,7 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
     return Completion(
         text="".join(piece.text for piece in pieces),
         reasoning=reasoning if thinks and reasoning else None,
+        tool_calls=assemble(part for piece in pieces for part in piece.parts).tool_calls,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         finish_reason=last.finish_reason,
         usage=last.usage,

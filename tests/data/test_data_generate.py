@@ -43,7 +43,9 @@ def test_traces_are_written_as_documented() -> None:
 
 
 def pairs_in(made: Exercise) -> set[tuple[int, int]]:
-    found = re.findall(r"(\d+) ?(?:[+×x*-]|plus|minus|times) ?(\d+)", made.question + made.trace)
+    found = re.findall(
+        r"(\d+) ?(?:[+×x*-]|plus|minus|times) ?(\d+)", made.question + " | " + made.trace
+    )
     return {(int(a), int(b)) for a, b in found}
 
 

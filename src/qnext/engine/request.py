@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qnext.engine.explain import CacheReport
+from qnext.engine.watch import Watch
 from qnext.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -124,6 +125,8 @@ class Request:
     """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
     places: tuple[tuple[int, str], ...] = ()
     """(first token, name) of the parts of a conversation, for explanations."""
+    watch: Watch | None = None
+    """Where to record drafts and routing, if anywhere."""
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 

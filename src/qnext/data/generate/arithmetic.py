@@ -174,11 +174,10 @@ def calculation(rng: Random, *, thinking: bool = True) -> Exercise:
         w if thinking or (kind, digits) != ("multiply", (2, 2)) else 1 for kind, digits, w in LEVELS
     ]
     kind, digits, _ = rng.choices(LEVELS, weights)[0]
-    pair = operands(rng, kind, digits, held_out=False)
+    a, b = operands(rng, kind, digits, held_out=False)
     if kind != "subtract" and rng.random() < 0.5:
-        pair = pair[::-1]
-    wording = rng.choice(_ASK)
-    made = exercise(kind, *pair, wording)
+        a, b = b, a
+    made = exercise(kind, a, b, rng.choice(_ASK))
     sign = _KINDS[kind]
     question = made.question
     if rng.random() < 0.12:
