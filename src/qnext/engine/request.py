@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qnext.engine.explain import CacheReport
+from qnext.engine.guide import Rules
 from qnext.errors import RequestError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""An end token or a complete form; a limit; the caller; a grammar that became too complex."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +126,8 @@ class Request:
     """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
     places: tuple[tuple[int, str], ...] = ()
     """(first token, name) of the parts of a conversation, for explanations."""
+    rules: Rules | None = None
+    """What ``thinking_budget``, ``structured_outputs`` and tools ask of the answer."""
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 
