@@ -20,8 +20,8 @@ from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
-from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.guide import Guide
+from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
 from qnext.engine.request import FinishReason, Request, TokenLogprobs
 from qnext.engine.tier import Fetched
 from qnext.errors import RequestError
