@@ -33,6 +33,7 @@ from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.rules import RuleBook, ToolUse
+from qnext.text.calls.parts import assemble
 from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
@@ -225,10 +226,12 @@ class LLM:
         parallel_tool_calls: bool = True,
         strict: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
+        parse_tools: bool = True,
     ) -> tuple[Request, TextReader]:
         """A request that answers a conversation through the checkpoint's chat template.
 
         The parameters are those of ``chat``; ``template_options`` go to the template as they are.
+        ``parse_tools`` False leaves tool calls in the text, where the request forbids them.
         """
         options = {**(template_options or {}), "tools": tools}
         if enable_thinking is not None:
@@ -249,6 +252,8 @@ class LLM:
             split_reasoning=True,
             starts_in_reasoning=opens_thinking(prompt),
             conversation=Conversation(messages=tuple(messages), options=options),
+            tool_format=self.template.tool_format if tools and parse_tools else None,
+            tools=tools,
         )
 
     def _request(
@@ -475,7 +480,8 @@ class LLM:
         ``chat`` and ``stream`` do this themselves; it is for those that step the engine.
         """
         answer = reader.answer()
-        is_over = reason != "cancelled" and TOOL_OPEN not in answer["content"]
+        calls = answer.get("tool_calls") or TOOL_OPEN in answer["content"]
+        is_over = reason != "cancelled" and not calls
         if reader.conversation is not None and is_over and reader.request.choice == 0:
             self._answered.append((reader.conversation, answer))
 
@@ -559,6 +565,7 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
     return Completion(
         text="".join(piece.text for piece in pieces),
         reasoning=reasoning if thinks and reasoning else None,
+        tool_calls=assemble(part for piece in pieces for part in piece.parts).tool_calls,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         finish_reason=last.finish_reason,
         usage=last.usage,

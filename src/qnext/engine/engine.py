@@ -465,12 +465,18 @@ class Engine:
         self.policy.note(sequence.request.id, drafted, accepted)
         sequence.drafted += drafted
         reason: FinishReason | None = None
+        sure = 0
         for i, token in enumerate(emitted):
+            if sequence.guide and sequence.guide.has_no_choice:
+                # It counts as forced, however it was found.
+                sequence.forced += 1
+                sure += i < accepted
             reason = step_on(sequence, token, after=len(sequence.output_ids) + i + 1)
             if reason is not None or (sequence.guide and sequence.guide.is_due):
                 del emitted[i + 1 :]
                 break
-        sequence.accepted += min(accepted, len(emitted))
+        sequence.drafted -= sure
+        sequence.accepted += min(accepted, len(emitted)) - sure
         return emitted, reason
 
     def _advance(

@@ -113,6 +113,11 @@ class Guide:
         return self._frames[0].is_done
 
     @property
+    def has_no_choice(self) -> bool:
+        """Whether one token only may follow."""
+        return _only(self.mask()) is not None
+
+    @property
     def is_due(self) -> bool:
         """Whether the reasoning has used up its budget."""
         return self._is_due(self._frames[0])

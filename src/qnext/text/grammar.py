@@ -16,8 +16,9 @@ import numpy as np
 from qnext.errors import RequestError
 from qnext.text.tokenizer import Tokenizer
 
-SPACE = r"[ \n\r\t]{0,32}"
-"""White space between the parts of JSON: a bound, so that a weak model cannot go on for ever."""
+SPACE = r"( ?|\r?\n[ \t]{0,24})"
+"""White space between the parts of JSON: what people write, and no more, so that a weak model cannot
+fill the answer with it."""
 KEPT = 64
 """Compiled grammars that are kept."""
 OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}

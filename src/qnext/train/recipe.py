@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_origin
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_or
 from qnext.errors import RecipeError
 
 if TYPE_CHECKING:
+    from qnext.model.model import CausalLM
     from qnext.train.batch import DataSource
 
 SHAPES = ("constant", "linear", "cosine", "sqrt")
@@ -60,6 +61,18 @@ class Data(Protocol):
 
     def tokenizer_digest(self) -> str | None:
         """``tokenizer_digest`` of the tokenizer that made the ids; None for ids made without."""
+        ...
+
+
+class Report(Protocol):
+    """A measurement of the model around a stage: a frozen dataclass of plain values."""
+
+    def measure(self, model: "CausalLM", tokenizer: Path | None) -> Mapping[str, float]:
+        """Figures by name, such as how many needles were found; they go into the log.
+
+        ``model`` computes with the working weights and is not to be changed; ``tokenizer`` is the
+        recipe's folder.
+        """
         ...
 
 
@@ -110,16 +123,14 @@ class Objectives:
     """Weight of the MTP loss at depth 1, 2, ...; empty leaves the head out of the step."""
     balance: float = 1e-3
     """Weight of the expert balance, which is 1 at an even load."""
-    balance_scope: Literal["lagged", "running", "micro"] = "lagged"
-    """Whose counts it uses: the previous step's, this step's so far, or the micro-batch's own."""
-    router_z: float = 0.0
-    """Weight of the mean squared log-sum-exp of router logits."""
-    logit_z: float = 0.0
-    """Weight of the mean squared log-sum-exp of the logits."""
+    balance_scope: Literal["lagged", "micro"] = "lagged"
+    """Whose loads it uses: the whole previous step's, or the micro-batch's own."""
+    z: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router logits."""
 
     def __post_init__(self) -> None:
-        _one_of("objectives.balance_scope", self.balance_scope, ("lagged", "running", "micro"))
-        for name in ("balance", "router_z", "logit_z"):
+        _one_of("objectives.balance_scope", self.balance_scope, ("lagged", "micro"))
+        for name in ("balance", "z"):
             _at_least(f"objectives.{name}", getattr(self, name), 0.0)
         for weight in self.mtp_weights:
             _at_least("objectives.mtp_weights", weight, 0.0)
@@ -186,6 +197,8 @@ class Stage:
     optimiser: Optimiser | None = None
     """None: the recipe's. Momenta start anew when the kind changes."""
     rope: Rope | None = None
+    report: Report | None = None
+    """Measured before the stage begins (and its rope is in force) and after it."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
@@ -240,6 +253,8 @@ class Recipe:
     """Model folder the weights are taken from; None draws them."""
     tokenizer: str | None = None
     """Folder with tokenizer.json; it must be the one the data was made with, and is exported."""
+    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keys of the exported generation_config.json beside the token ids."""
     seed: int = 1
     optimiser: Optimiser = field(default_factory=Optimiser)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -400,6 +415,8 @@ def _with(node: Any, path: list[str], value: Any, key: str) -> Any:
         return tuple(_with(s, rest, value, key) if name in ("*", s.name) else s for s in stages)
     if isinstance(node, Mapping):
         known = cast("Mapping[str, Any]", node)
+        if not key.startswith("model."):
+            return {**known, ".".join(path): value}
         if name not in known and name not in _model_keys():
             hint = nearest(name, sorted({*known, *_model_keys()}))
             raise RecipeError(f"--set {key}: config.json has no key {name!r}.{hint}")
@@ -422,7 +439,7 @@ def _with(node: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def _names(kind: type) -> dict[str, Any]:
-    return {**vars(sys.modules[kind.__module__]), "DataSource": object}
+    return {**vars(sys.modules[kind.__module__]), "DataSource": object, "CausalLM": object}
 
 
 def _fitted(value: Any, hint: Any, key: str) -> Any:
@@ -480,7 +497,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _is_data(value: object) -> bool:
-    return isinstance(getattr(value, "open", None), Callable)
+    return callable(getattr(value, "open", None)) or callable(getattr(value, "measure", None))
 
 
 def _one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -502,6 +519,6 @@ def _share(name: str, value: float) -> None:
 
 
 __all__ = [
-    "Data", "Guard", "Need", "Objectives", "Optimiser", "Recipe", "Rope", "Schedule",
+    "Data", "Guard", "Need", "Objectives", "Optimiser", "Recipe", "Report", "Rope", "Schedule",
     "Stage", "changed", "load_recipe", "nearest", "tokenizer_digest",
 ]  # fmt: skip
