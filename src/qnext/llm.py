@@ -29,6 +29,7 @@ from qnext.engine.request import (
     SamplingParams,
 )
 from qnext.engine.sizes import check_counts, parse_bytes
+from qnext.engine.watch import Watch
 from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
@@ -163,7 +164,7 @@ class LLM:
                 "are used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
             )  # fmt: skip
         self.rule_book = RuleBook(
-            tokenizer, template=template.source, eos_ids=self.eos_ids,
+            tokenizer, template=template, eos_ids=self.eos_ids,
             vocab_size=self.config.vocab_size,
         )  # fmt: skip
         self._numbers = itertools.count()
@@ -211,6 +212,20 @@ class LLM:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             rules = self.rule_book.rules(params, self.rule_book.regions(text, chat=False))
         request = self._request(ids, params, rules=rules)
+        return request, TextReader(
+            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+        )
+
+    def prepare_score(
+        self, prompt: str | Sequence[int], *, top: int = 0, watch: Watch | None = None
+    ) -> tuple[Request, TextReader]:
+        """A request that says how likely a text is, with ``top`` alternatives of every token.
+
+        They are the ``prompt_logprobs`` of its last delta; ``watch`` also records the routing.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=top)
+        request = replace(self._request(ids, params, score_only=True), watch=watch)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -302,7 +317,7 @@ class LLM:
         """
         several = _several(prompts)
         prepared = [
-            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
+            self.choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -316,15 +331,9 @@ class LLM:
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
         several = _several(prompts)
-        params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            request = self._request(ids, params, score_only=True)
-            reader = TextReader(
-                self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
-            )
-            pairs.append((request, reader))
+            pairs.append(self.prepare_score(prompt))
         scores = []
         with self._submitted(pairs) as names:
             for (request, _), name in zip(pairs, names, strict=True):
@@ -353,7 +362,7 @@ class LLM:
         cannot be enforced, before anything is generated.
         """
         params = params or self.default_params(max_tokens=None)
-        pairs = self._choices(
+        pairs = self.choices(
             *self.prepare_chat(
                 messages,
                 params,
@@ -394,7 +403,7 @@ class LLM:
             )  # fmt: skip
         return Stream(self, self._submit(*pair))
 
-    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+    def choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
         """The ``n`` answers to one prompt, which is run once for all of them."""
         pairs = [(request, reader)]
         if request.params.n > 1:

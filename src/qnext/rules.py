@@ -13,11 +13,12 @@ from qnext.engine.guide import Calls, Rules
 from qnext.engine.regions import Regions, Tag
 from qnext.engine.request import SamplingParams, StructuredOutputs
 from qnext.errors import RequestError
-from qnext.text.chat import opens_thinking
+from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.grammar import CompiledGrammar, GrammarCompiler
+from qnext.text.output import ToolFormat
 from qnext.text.parse import THINK_CLOSE, THINK_OPEN, TOOL_OPEN
 from qnext.text.tokenizer import Tokenizer
-from qnext.text.tool_grammar import Tool, ToolFormat, call_rules, read_tools, tool_format
+from qnext.text.tool_grammar import Tool, call_rules, read_tools
 
 TOOL_CLOSE = "</tool_call>"
 STOP_THINKING = (
@@ -74,12 +75,16 @@ class RuleBook:
     """Makes the rules of requests to one model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, template: str, eos_ids: Sequence[int], vocab_size: int
+        self,
+        tokenizer: Tokenizer,
+        *,
+        template: ChatTemplate,
+        eos_ids: Sequence[int],
+        vocab_size: int,
     ) -> None:
-        """``template`` is the source of the chat template, which shows the format of calls."""
         self.tokenizer, self.eos_ids, self.vocab_size = tokenizer, tuple(eos_ids), vocab_size
-        self.thinks = THINK_OPEN in template
-        self.form: ToolFormat = tool_format(template)
+        self.thinks = THINK_OPEN in template.source
+        self.form: ToolFormat = template.tool_format or "hermes"
 
     def regions(self, prompt: str, *, chat: bool) -> Regions:
         """The regions of an answer to a prompt."""

@@ -29,7 +29,7 @@ from qnext.engine.invariance import check_path_independence
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request
-from qnext.engine.runner import Runner, Work
+from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
@@ -340,6 +340,7 @@ class Engine:
         drafted = {len(item.sequence.drafts) for item in items}
         works = [self._work(item) for item in items]
         logits = self.runner.forward(works)
+        self._watch_routes(items, works)
         rows: list[SampleRow] = []
         wanted: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -423,6 +424,7 @@ class Engine:
             rows=rows,
             speculative=bool(drafts),
             captures=[(length - start, slot) for length, _, slot in item.captures],
+            wants_routes=sequence.request.score_only and sequence.request.watch is not None,
         )
 
     def _samples(self, item: Item) -> bool:
@@ -477,6 +479,9 @@ class Engine:
                 break
         sequence.drafted -= sure
         sequence.accepted += min(accepted, len(emitted)) - sure
+        if sequence.request.watch is not None:
+            first = len(sequence.output_ids)
+            sequence.request.watch.note_drafts(first, sequence.drafts, len(emitted))
         return emitted, reason
 
     def _advance(
@@ -571,6 +576,18 @@ class Engine:
                 targets = prompt[start + 1 : end + 1]
                 sequence.prompt_logprobs += logprobs_of(own, targets, [top] * len(targets))
             at += rows
+
+    def _watch_routes(self, items: Sequence[Item], works: Sequence[Work]) -> None:
+        """Hand the experts that ran to those who watch."""
+        routes = self.runner.routes if wants_routes(works) else None
+        if routes is None:
+            return
+        at = 0
+        for item, work in zip(items, works, strict=True):
+            watch = item.sequence.request.watch
+            if watch is not None and work.wants_routes:
+                watch.note_routes(work.start, routes[at : at + len(work.ids)])
+            at += len(work.ids)
 
     # -- drafts and snapshots --------------------------------------------------------------------
 

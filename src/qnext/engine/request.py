@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from qnext.engine.explain import CacheReport
 from qnext.engine.guide import Rules
+from qnext.engine.watch import Watch
 from qnext.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -172,6 +173,8 @@ class Request:
     """(first token, name) of the parts of a conversation, for explanations."""
     rules: Rules | None = None
     """What ``thinking_budget``, ``structured_outputs`` and tools ask of the answer."""
+    watch: Watch | None = None
+    """Where to record drafts and routing, if anywhere."""
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 

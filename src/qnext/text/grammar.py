@@ -17,8 +17,8 @@ from qnext.errors import RequestError
 from qnext.text.tokenizer import Tokenizer
 
 SPACE = r"( ?|\r?\n[ \t]{0,24})"
-"""White space between the parts of JSON: what people write, and no more, so that a weak model cannot
-fill the answer with it."""
+"""White space between the parts of JSON: what people write, and no more, so that a weak model does
+not fill the answer with it."""
 KEPT = 64
 """Compiled grammars that are kept."""
 OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}

@@ -1,18 +1,17 @@
 """What may stand between ``<tool_call>`` and ``</tool_call>``: grammars from tools' schemas.
 
-Two formats. Hermes: one JSON object with name and arguments. Coder: ``<function=NAME>`` around
+Two formats. Hermes: one JSON object with name and arguments. XML: ``<function=NAME>`` around
 ``<parameter=NAME>`` blocks, whose values are raw text for strings and JSON for everything else.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qnext.errors import RequestError
 from qnext.text.grammar import quoted, schema_rule
-
-ToolFormat = Literal["hermes", "coder"]
+from qnext.text.output import ToolFormat
 
 ANYTHING = {"type": "object"}
 END = "\n</parameter>\n"
@@ -26,11 +25,6 @@ class Tool:
     parameters: Mapping[str, Any]
     strict: bool
     """Whether the request marks it as one whose schema binds."""
-
-
-def tool_format(template: str) -> ToolFormat:
-    """The format a chat template shows its model."""
-    return "coder" if "<function=" in template else "hermes"
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[Tool]:
@@ -60,7 +54,7 @@ def call_rules(tools: Sequence[Tool], *, form: ToolFormat, strict: bool) -> str:
     ``strict`` binds every tool to its schema, not only those marked so. Raises RequestError naming
     what of a schema cannot be enforced.
     """
-    write = _hermes if form == "hermes" else _coder
+    write = _hermes if form == "hermes" else _xml
     names = " | ".join(f"tool_{i}" for i in range(len(tools)))
     rules = [f'call: "\\n"? ({names}) "\\n"?\n']
     for i, tool in enumerate(tools):
@@ -78,7 +72,7 @@ def _hermes(rule: str, tool: Tool, schema: Mapping[str, Any], binding: bool) -> 
     )
 
 
-def _coder(rule: str, tool: Tool, schema: Mapping[str, Any], binding: bool) -> str:
+def _xml(rule: str, tool: Tool, schema: Mapping[str, Any], binding: bool) -> str:
     opening, closing = quoted(f"<function={tool.name}>\n"), quoted("</function>")
     if not binding:
         # Parameters of any name and value.
