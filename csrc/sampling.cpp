@@ -70,18 +70,26 @@ const float* adjusted(const Scores& s, const Chooser& c, Bench& bench) {
     const int64_t r = row_of(s, token);
     if (r >= 0) x[r] += bias;
   }
+  // Bans that would leave nothing of what is allowed are lifted.
+  std::vector<std::pair<int64_t, float>>& lifted = bench.lifted;
+  lifted.clear();
+  const auto ban = [&](int32_t token) {
+    const int64_t r = row_of(s, token);
+    if (r < 0) return;
+    lifted.emplace_back(r, x[r]);
+    x[r] = kLowest;
+  };
+  if (c.produced < c.min_tokens) {
+    for (const int32_t token : c.stops) ban(token);
+  }
   for (const std::vector<int32_t>& word : c.bad_words) {
     const size_t before = word.size() - 1;
     if (before > c.output.size()) continue;
-    const bool about = std::equal(word.begin(), word.end() - 1, c.output.end() - before);
-    const int64_t r = about ? row_of(s, word.back()) : -1;
-    if (r >= 0) x[r] = kLowest;
+    if (std::equal(word.begin(), word.end() - 1, c.output.end() - before)) ban(word.back());
   }
-  if (c.produced < c.min_tokens) {
-    for (const int32_t token : c.stops) {
-      const int64_t r = row_of(s, token);
-      if (r >= 0) x[r] = kLowest;
-    }
+  if (s.allowed && !lifted.empty() &&
+      std::none_of(x, x + s.n, [](float value) { return value > kLowest; })) {
+    for (auto one = lifted.rbegin(); one != lifted.rend(); ++one) x[one->first] = one->second;
   }
   if (c.repetition != 1.0f) {
     const auto repeat = [&](int32_t token) {

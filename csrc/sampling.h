@@ -1,7 +1,8 @@
 // Choosing tokens from logits: what src/qnext/engine/sampler.py defines, without a tensor.
 //
 // Order: allowed tokens -> bias -> bans -> penalties -> temperature -> min_p -> top_k -> top_p ->
-// noise -> largest; of equal scores the lower id wins. The noise of a token is a function of (seed,
+// noise -> largest; of equal scores the lower id wins. Bans that leave nothing of what is allowed
+// are lifted. The noise of a token is a function of (seed,
 // number of tokens before it, its id) alone, so a choice does not depend on the batch.
 #pragma once
 
@@ -72,6 +73,7 @@ struct Bench {
   };
   std::vector<Candidate> candidates;
   std::vector<double> weight, before;
+  std::vector<std::pair<int64_t, float>> lifted;
   std::vector<uint8_t> may, must;
 };
 

@@ -68,7 +68,7 @@ class NativeOracle(Known, NativeRunner):
     def advance(self, running, lanes, **options):
         found, logits = super().advance(running, lanes, **options)
         known = []
-        for sequence, (tokens, *rest, drafts, has_read) in zip(running, found, strict=True):
+        for sequence, (tokens, *rest, _, has_read) in zip(running, found, strict=True):
             room = sequence.max_tokens - len(sequence.output_ids) - 1
             count = min(options["wanted"], room) if has_read else 0
             next_one = sequence.done + len(tokens) + 1

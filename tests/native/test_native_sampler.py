@@ -60,7 +60,7 @@ def rows_for(width: int, count: int, rng: random.Random, temperatures) -> list[S
                 counts=Counter(output),
                 recent=output,
                 stop_ids=(0, width - 1),
-                bad_words=[(2,), tuple(output[-2:] + [number % width])] if bad else [],
+                bad_words=[(2,), (*output[-2:], number % width)] if bad else [],
             )
         )
     return rows
@@ -98,16 +98,17 @@ def test_masks_forbid_before_everything_else():
     logits = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(1)) * 3
     allowed = torch.rand(len(rows), width, generator=torch.Generator().manual_seed(2)) < 0.3
     allowed[:, 17] = True
-    masks = []
-    for row in allowed.numpy():
-        bits = np.packbits(np.pad(row, (0, -width % 32)), bitorder="little")
-        masks.append(bits.view(np.int32))
-    masks[3] = None
-    allowed[3] = True
-    forbidden = logits.masked_fill(~allowed, float("-inf"))
-    wanted, _ = sampler.choose(forbidden, rows, defined_ids=width, tie_bound=None)
-    found, _ = native_sampler.choose(logits, rows, defined_ids=width, tie_bound=None, masks=masks)
+    for row, bits in zip(rows, allowed.numpy(), strict=True):
+        row.mask = np.packbits(np.pad(bits, (0, -width % 32)), bitorder="little").view(np.uint32)
+    rows[3].mask = None
+    # Nothing but banned tokens is allowed here: the bans give way.
+    rows[4].mask = np.zeros(7, np.uint32)
+    rows[4].mask[0] = 1 << 2
+    rows[4].bad_words = [(2,)]
+    wanted, _ = sampler.choose(logits, rows, defined_ids=width, tie_bound=None)
+    found, _ = native_sampler.choose(logits, rows, defined_ids=width, tie_bound=None)
     assert found == wanted
+    assert found[4] == 2
 
 
 def test_noise_has_the_same_bits():

@@ -23,12 +23,12 @@ def draft_ahead(
     """``counts[b]`` drafts for each sequence, 0 to let the MTP layer read only.
 
     A draft is chosen as its token will be: the most likely one, or sampled with the noise of its
-    position. A native runner does it in one call, and stops at what the head finds less likely
-    than ``least_share``.
+    position. A native runner does it in one call where no grammar rules, and stops at what the
+    head finds less likely than ``least_share``.
     """
     works = [read_up(sequence) for sequence in reading]
     drafting = [b for b, count in enumerate(counts) if count]
-    if isinstance(runner, NativeRunner):
+    if isinstance(runner, NativeRunner) and all(s.guide is None for s in reading):
         return runner.propose(
             works, counts, reading, defined_ids=defined_ids, least_share=least_share
         )

@@ -18,8 +18,8 @@ from qnext.engine.speculative import DraftPolicy
 
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
-Told = Callable[[Running, list[int], FinishReason | None, list[TokenLogprobs]], None]
-"""Takes what a sequence got in a step."""
+Told = Callable[[Running, FinishReason | None, list[TokenLogprobs]], None]
+"""Takes what a sequence got in a step, beside the tokens its output ends with now."""
 
 
 class Lanes:
@@ -52,6 +52,8 @@ class Lanes:
             output = len(s.output_ids)
             length = len(s.request.prompt_ids) + output
             if not output or length - s.done != 1 or s.plants:
+                return False
+            if s.guide is not None or s.request.watch is not None:
                 return False
             last = len(s.request.prompt_ids) + s.max_tokens
             if len(s.pages) * page < min(length + ahead, last):
@@ -101,7 +103,9 @@ class Lanes:
                 policy.note(s.request.id, tried, accepted)
             s.drafts = drafts
             reason = REASONS[why]
-            told(s, tokens, reason, logprobs)
+            if s.request.params.is_penalised:
+                s.counts.update(tokens)
+            told(s, reason, logprobs)
             if reason is not None:
                 ended.append(s)
         if policy.limit:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qnext.engine.native_sampler import chooser_of
-from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.engine.runner import MtpWork, Runner, Work, wants_routes
 from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.telling import stop_ids
 from qnext.model.native import DeferredCache, NativeModel, Piece
 
 _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
@@ -62,7 +63,7 @@ class NativeRunner(Runner):
             assert slot is not None
             chooser = chooser_of(
                 request.params, seed=sequence.seed, prompt_ids=request.prompt_ids,
-                stop_ids=request.stop_ids, bad_words=request.bad_ids,
+                stop_ids=stop_ids(request), bad_words=request.bad_ids,
             )  # fmt: skip
             lane = sequence.lane = self.native.module.Lane(
                 chooser=chooser, slot=slot, first=sequence.mtp_first,
@@ -151,6 +152,11 @@ class NativeRunner(Runner):
         rows = [starts[b] + row for b, work in enumerate(works) for row in work.rows]
         hidden = np.empty((starts[-1], self.native.config.hidden_size), dtype=np.float32)
         logits = np.empty((len(rows), self.native.config.vocab_size), dtype=np.float32)
+        config = self.native.config
+        sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
+        routes = None
+        if sparse and wants_routes(works):
+            routes = np.empty((sparse, starts[-1], config.num_experts_per_tok), dtype=np.int32)
         cache.decoder.forward(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
@@ -160,7 +166,9 @@ class NativeRunner(Runner):
             logit_rows=np.array(rows, dtype=np.int32),
             logits=logits,
             invariant=self.native.invariant,
+            **({} if routes is None else {"routes": routes}),
         )
+        self.routes = None if routes is None else routes.swapaxes(0, 1)
         # Arrays, because handing tensors to the kernels costs several times as much.
         rows_PD = torch.from_numpy(hidden)
         cache.remember(rows_PD, captures)

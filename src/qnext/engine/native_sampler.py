@@ -51,13 +51,11 @@ def choose(
     *,
     defined_ids: int,
     tie_bound: float | None,
-    masks: Sequence[np.ndarray | None] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """One token per row of logits [R, V], and for each whether rounding might have decided it.
-
-    ``masks``: for each row None, or int32 words [ceil(V / 32)] with a bit for every token that is
-    allowed, lowest bit first; the rest is forbidden before everything else is looked at.
-    """
+    """One token per row of logits [R, V], and for each whether rounding might have decided it."""
+    masks = None
+    if any(row.mask is not None for row in rows):
+        masks = [None if row.mask is None else row.mask.view(np.int32) for row in rows]
     choosers = []
     for row in rows:
         chooser = chooser_of(
