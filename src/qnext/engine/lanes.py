@@ -73,8 +73,7 @@ class Lanes:
         wanted = 0
         if policy.limit and not policy.rests_on(len(running)):
             wanted = policy.choose([s.request.id for s in running])
-        backlog = runner.backlogs
-        native = wanted if wanted and not any(backlog[s.slot] for s in running) else 0
+        native = wanted if wanted and not runner.is_behind(running) else 0
         started = perf_counter()
         lanes, want_logits = [], False
         for s in running:

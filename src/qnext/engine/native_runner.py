@@ -45,15 +45,14 @@ class NativeRunner(Runner):
             most_pending=max_drafts + 1 if num_speculative else 0,
         )
         self._set_up(self._deferred, track_mtp=track_mtp)
-        self.seconds = (0.0, 0.0, 0.0)
+        self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
         """Of the last ``advance``: its forward, choosing tokens, drafting."""
 
     # -- sequences that decode -------------------------------------------------------------------
 
-    @property
-    def backlogs(self) -> dict[int, list[Tensor]]:
-        """By slot: hidden rows that the MTP layer has not read."""
-        return self._backlog
+    def is_behind(self, running: Sequence[Running]) -> bool:
+        """Whether the MTP layer has rows of any of them to read."""
+        return any(self._backlog[s.slot] for s in running if s.slot is not None)
 
     def lane_of(self, sequence: Running) -> Any:
         """What ``advance`` knows of a sequence for as long as it keeps its slot."""
@@ -96,7 +95,7 @@ class NativeRunner(Runner):
         self._own_backlog()
         self._step_rows = 0
         cache, config = self._deferred, self.native.config
-        slots = [s.slot for s in running]
+        slots = [s.slot for s in running if s.slot is not None]
         rows = len(running) + sum([len(s.drafts) for s in running])
         hidden = np.empty((rows, config.hidden_size), dtype=np.float32)
         logits = np.empty((rows, config.vocab_size), dtype=np.float32) if want_logits else None

@@ -80,11 +80,15 @@ class DraftPolicy:
         """Drafts of one request were verified."""
         if not drafted:
             return
-        self.everyone.note(drafted, accepted)
-        self.by_request.setdefault(request_id, Acceptance()).note(drafted, accepted)
         for i in range(min(drafted, accepted + 1)):
             self.tried[i] += 1
             self.taken[i] += i < accepted
+        if isinstance(self.setting, str):
+            self.everyone.note(drafted, accepted)
+            own = self.by_request.get(request_id)
+            if own is None:
+                own = self.by_request[request_id] = Acceptance()
+            own.note(drafted, accepted)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
@@ -99,6 +103,8 @@ class DraftPolicy:
         self._note_time("draft", sequences, drafts, seconds)
 
     def _note_time(self, phase: str, sequences: int, drafts: int, seconds: float) -> None:
+        if not isinstance(self.setting, str):
+            return  # nothing is chosen by it
         key = (phase, _bucket(sequences), drafts)
         times = self._times.setdefault(key, deque(maxlen=WINDOW))
         times.append(seconds)

@@ -120,7 +120,8 @@ class NativeModel:
         self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
         self.invariant = invariant
         self.has_mtp = "mtp.fc.weight" in weights
-        self.module = self._native = native.load()
+        self.module: Any = native.load()
+        self._native = self.module
         self._weights = weights
         self._alive: list[object] = []
         tied = config.tie_word_embeddings
