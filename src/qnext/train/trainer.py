@@ -109,6 +109,10 @@ class Trainer:
         self._stop = Event()
         self._drifted = False
 
+    def make_model(self) -> CausalLM:
+        """The model before the first step, in float32; experiments may alter it here."""
+        return start_model(self.recipe, self.config)
+
     # -- the run -----------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
@@ -400,7 +404,7 @@ class Trainer:
             del self.model, self.optimiser
         self.config = start_config(self.recipe)
         self.position = Position()
-        self.model: CausalLM = start_model(self.recipe, self.config)
+        self.model = self.make_model()
         self.optimiser = OptimiserState(self.model, self.recipe.optimiser_of(0), self.config)
         self.optimiser.cast_working(getattr(torch, self.recipe.dtype))
         routers, experts = router_count(self.model), self.config.num_experts
