@@ -14,6 +14,7 @@ from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
 from qnext.engine.scheduler import Scheduler
 from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
 
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
@@ -66,7 +67,7 @@ class Lanes:
     def step(self, told: Told) -> tuple[list[Running], int | None]:
         """Run it. ``told`` takes every sequence's tokens; returns who ended, and drafts due.
 
-        Drafts are due, so many for each or 0, when the MTP layer is behind; None when it is not.
+        Drafts are due, so many for each or 0, when the MTP layer has to read up; None when not.
         """
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
@@ -84,12 +85,13 @@ class Lanes:
             tie_bound=self.tie_bound, least_share=policy.least_share, want_logits=want_logits,
         )  # fmt: skip
         drafted = {len(s.drafts) for s in running}
-        ended, row = [], 0
+        ended, row, behind = [], 0, False
         for s, (tokens, accepted, tried, close, why, drafts, _) in zip(running, found, strict=True):
             count = len(tokens)
             s.done += count
             s.ran += count
             s.near_ties += close
+            behind = behind or s.done + 1 - s.mtp_len >= MAX_BACKLOG
             logprobs = []
             top = s.request.params.logprobs
             if top is not None:
@@ -114,4 +116,6 @@ class Lanes:
                 policy.verified(len(running), drafted.pop(), seconds)
             if native:
                 policy.drafted(len(running), native, drafting_s)
-        return ended, wanted if policy.limit and not native else None
+            if not native and (wanted or behind):
+                return ended, wanted
+        return ended, None

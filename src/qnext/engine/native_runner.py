@@ -124,7 +124,8 @@ class NativeRunner(Runner):
             if has_read:
                 s.mtp_len = s.done + count + 1
             elif self.track_mtp:
-                self._backlog[slot].append(torch.from_numpy(hidden[row : row + count]))
+                # A tensor of it is made when it is read: most are dropped unread.
+                self._backlog[slot].append(hidden[row : row + count])
             row += 1 + len(s.drafts)
         return found, None if logits is None else torch.from_numpy(logits)
 

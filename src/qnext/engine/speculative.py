@@ -24,9 +24,9 @@ HURDLE = 1.08
 above all reading prompts, is not known, and measured times scatter."""
 PROBE_STEPS = 4
 """Steps of one probe."""
-FIRST_REST = 64
+FIRST_REST = 256
 """Steps without drafts before the first probe; doubled as long as probes do not pay."""
-LONGEST_REST = 4096
+LONGEST_REST = 8192
 
 
 @dataclass(slots=True)
@@ -96,6 +96,9 @@ class DraftPolicy:
 
     def verified(self, sequences: int, drafts: int, seconds: float) -> None:
         """A forward of decoding sequences alone, each with so many drafts, took so long."""
+        resting = 0 if drafts else self._resting.get(_bucket(sequences), 0)
+        if resting > WINDOW and resting % WINDOW:
+            return  # one of many such steps
         self._note_time("verify", sequences, drafts, seconds)
 
     def drafted(self, sequences: int, drafts: int, seconds: float) -> None:

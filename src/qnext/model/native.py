@@ -6,7 +6,7 @@ projections, mixers and experts in the order of ``model.py``, activations in flo
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -67,6 +67,10 @@ DRAFT_LAST = 64
 """And from so many of the last defined ids: a tokenizer's control tokens follow its merges."""
 
 
+PACK_DRAFTS_MOST = 1 << 25
+"""An MTP layer of more weights than this is run as it is stored: packing would delay the start."""
+
+
 class DraftHead(NamedTuple):
     """The rows of the head that a draft may be. Ids of byte-level BPE are in the order of its
     merges, so the first ones make up most of any text."""
@@ -103,7 +107,9 @@ class NativeModel:
     stacked under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``, and gate and up of a
     dense part packed as one ``gate_up_proj.weight``. ``dtype`` is that of keys, values and
     convolution windows. With ``invariant`` a token's numbers depend on the tokens before it alone,
-    not on batch, chunks, drafts or threads. Raises BackendError when ``unfit`` has a reason.
+    not on batch, chunks, drafts or threads. ``pack_drafts`` packs a matrix of the MTP layer, or of
+    the head it drafts with, which changes drafts and never tokens; None leaves them as they are.
+    Raises BackendError when ``unfit`` has a reason.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class NativeModel:
         *,
         dtype: torch.dtype,
         invariant: bool = False,
+        pack_drafts: Callable[[Tensor], Packed] | None = None,
     ) -> None:
         reason = unfit(config, dtype)
         if reason is not None:
@@ -123,6 +130,9 @@ class NativeModel:
         self.module: Any = native.load()
         self._native = self.module
         self._weights = weights
+        self._pack_drafts = None
+        if pack_drafts is not None and _size_of_mtp(weights) <= PACK_DRAFTS_MOST:
+            self._pack_drafts = pack_drafts
         self._alive: list[object] = []
         tied = config.tie_word_embeddings
         self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -133,10 +143,18 @@ class NativeModel:
         """The cache the decoder reads and writes now."""
 
     @classmethod
-    def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
+    def from_model(
+        cls,
+        model: CausalLM,
+        *,
+        invariant: bool = False,
+        pack_drafts: Callable[[Tensor], Packed] | None = None,
+    ) -> "NativeModel":
         """The native twin of a model; both read the same tensors."""
         weights: dict[str, Weight] = dict(model.state_dict())
-        return cls(model.config, weights, dtype=model.dtype, invariant=invariant)
+        return cls(
+            model.config, weights, dtype=model.dtype, invariant=invariant, pack_drafts=pack_drafts
+        )
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -161,7 +179,7 @@ class NativeModel:
         ids = ids[ids < vocabulary]
         matrix = (
             self._matrix(self._head)
-            if len(ids) == vocabulary
+            if len(ids) == vocabulary and self._pack_drafts is None
             else self._some_tiles(self._weights[self._head], tiles, ids)
         )
         head = DraftHead(matrix, ids, int((ids < defined_ids).sum()))
@@ -182,6 +200,8 @@ class NativeModel:
     def _some_tiles(self, weight: Weight, tiles: Sequence[int], ids: np.ndarray) -> Any:
         if isinstance(weight, Tensor):
             rows = weight.detach()[torch.from_numpy(ids).long()]
+            if self._pack_drafts is not None:
+                return self._packed(self._pack_drafts(rows.float()))
             return self._matrix_of(rows)
         packed = cast("Packed", weight)
         data = packed.data.flatten().view(torch.uint8)
@@ -314,8 +334,15 @@ class NativeModel:
     def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
+            # The router and gates of one row decide by small differences.
+            large = min(weight.shape) > 1 and not name.endswith(".mlp.gate.weight")
+            if self._pack_drafts is not None and large and name.startswith("mtp."):
+                return self._packed(self._pack_drafts(weight.detach().float()))
             return self._matrix_of(weight)
-        packed = cast("Packed", weight)
+        return self._packed(cast("Packed", weight))
+
+    def _packed(self, packed: Packed) -> Any:
+        self._alive.append(packed)
         data = packed.data
         size = data.numel() * data.element_size()
         kind = FORMATS[packed.format]
@@ -346,6 +373,11 @@ class NativeModel:
         values = values.flatten().contiguous()
         self._alive.append(values)
         owner.set_floats(name, values)
+
+
+def _size_of_mtp(weights: Mapping[str, Weight]) -> int:
+    mtp = [weight for name, weight in weights.items() if name.startswith("mtp.")]
+    return sum(weight.numel() for weight in mtp if isinstance(weight, Tensor))
 
 
 def _format_of(weight: Weight) -> str:
