@@ -57,7 +57,7 @@ class TestPreference:
     def test_one_op(self):
         ops = select(prefer={"experts": "reference"})
         assert "experts: reference" in ops.report
-        assert "attention: torch" in ops.report
+        assert any(line.startswith("attention: torch") for line in ops.report)
 
     def test_all_ops(self):
         ops = select(prefer={"all": "reference"})
