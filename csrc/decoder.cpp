@@ -208,7 +208,7 @@ int64_t Decoder::workspace_bytes() const {
 // Before the threads start: every shared buffer has its size, so that they only write into them.
 void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
   if (!work_) work_ = std::make_shared<Work>();
-  experts_read_ = 0;
+  experts_read_ = routed_layers_ = 0;
   Work& w = *work_;
   w.linear = &linear_kernels(current_isa());
   w.norm = &norm_kernels(current_isa());
@@ -640,7 +640,12 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
                  w.weights.floats(0));
     if (many) team.barrier();
   }
-  if (team.thread == 0) group_by_expert(experts, rows);
+  if (team.thread == 0) {
+    if (experts && step.routes) {
+      std::copy_n(w.ids.ints(0), rows * k, step.routes + routed_layers_++ * rows * k);
+    }
+    group_by_expert(experts, rows);
+  }
   team.barrier();
 
   // Gate and up of all experts, then down. A step of few rows splits every expert's tiles, so

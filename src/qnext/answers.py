@@ -175,6 +175,8 @@ class TextReader:
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
         )
+        if self.request.watch is not None:
+            self.request.watch.tokens += delta.token_ids
         if self.conversation is not None:
             self._parts += parts
         return delta
