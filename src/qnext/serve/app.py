@@ -37,6 +37,7 @@ from qnext.serve.api.responses import ResponsesRequest
 from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 from qnext.serve.gate import Gate, Rules
 from qnext.serve.metrics import MEDIA_TYPE, Metrics
+from qnext.serve.openapi import document
 from qnext.serve.reading import Body, read_body
 from qnext.serve.refusals import ApiError, shape_of
 from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, Worker
@@ -105,6 +106,7 @@ def create_app(
         "/health": (service.health, "GET"),
         "/metrics": (service.metrics_page, "GET"),
         "/cache/explain": (service.explain, "GET"),
+        "/openapi.json": (_document, "GET"),
         **{path: (_page_file(*what), "GET") for path, what in _PAGE.items()},
     }
     middleware = [Middleware(Gate, rules=rules, metrics=service.metrics)]
@@ -352,6 +354,11 @@ async def _internal_error(http: HttpRequest, error: Exception) -> Response:
 
 
 # -- the page ----------------------------------------------------------------------------------
+
+
+async def _document(http: HttpRequest) -> Response:
+    """GET /openapi.json"""
+    return _json(document())
 
 
 def _page_file(name: str, media_type: str) -> Any:
