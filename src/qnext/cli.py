@@ -198,9 +198,17 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def train(arguments: argparse.Namespace) -> int:
+    """Run a training recipe, draw its curves, or export its model."""
+    from qnext import train_command
+
+    return train_command.train(arguments)
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
     "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
+    "train": train,
 }  # fmt: skip
 
 
@@ -406,9 +414,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(one, "model folder (packed or not) or embedded name")
     _add_bench(one)
 
+    one = _command(commands, "train", "run a training recipe, draw its curves, export its model")
+    _add_training(one)
+
     one = _command(commands, "doctor", "what this machine offers and what is in the way")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    from qnext.train_command import add_arguments
+
+    add_arguments(parser)
 
 
 def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
