@@ -10,7 +10,7 @@ from anthropic import Anthropic
 from qnext import SamplingParams
 
 FOX = [{"role": "user", "content": "Tell me about the fox."}]
-GREEDY = {"temperature": 0, "max_tokens": 24}
+GREEDY = {"max_tokens": 24, "extra_body": {"temperature": 0}}
 WEATHER = {
     "name": "get_weather",
     "description": "Weather of a city",
@@ -29,8 +29,15 @@ def client(live) -> Iterator[Anthropic]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def mini(mini_live) -> Iterator[Anthropic]:
+    """A client of the embedded model."""
+    with Anthropic(base_url=mini_live.url, api_key="none", max_retries=0) as found:
+        yield found
+
+
 def test_plain_and_streamed_answers_are_the_models(client, alone) -> None:
-    expected = alone.chat(FOX, SamplingParams(**GREEDY), enable_thinking=False)
+    expected = alone.chat(FOX, SamplingParams(temperature=0, max_tokens=24), enable_thinking=False)
     whole = client.messages.create(model="tiny", messages=FOX, **GREEDY)
     assert whole.content[0].text == expected.text
     assert whole.stop_reason == ("end_turn" if expected.finish_reason == "stop" else "max_tokens")
@@ -53,25 +60,28 @@ def test_the_system_prompt_and_blocks_reach_the_template(client, alone) -> None:
         **GREEDY,
     )
     messages = [{"role": "system", "content": "Be a fox."}, {"role": "user", "content": "hi"}]
-    expected = alone.chat(messages, SamplingParams(**GREEDY), enable_thinking=False)
+    expected = alone.chat(
+        messages, SamplingParams(temperature=0, max_tokens=24), enable_thinking=False
+    )
     assert found.content[0].text == expected.text
 
 
-def test_tools_are_called_and_answered(client) -> None:
-    wanted = {"model": "tiny", "tools": [WEATHER], "temperature": 0, "max_tokens": 120}
+def test_tools_are_called_and_answered(mini) -> None:
+    wanted = {"model": "qnext-mini", "tools": [WEATHER], "max_tokens": 120,
+              "extra_body": {"temperature": 0}}  # fmt: skip
     choice = {"type": "any", "disable_parallel_tool_use": True}
-    whole = client.messages.create(messages=FOX, tool_choice=choice, **wanted)
+    whole = mini.messages.create(messages=FOX, tool_choice=choice, **wanted)
     assert whole.stop_reason == "tool_use"
     [call] = [block for block in whole.content if block.type == "tool_use"]
     assert call.input["city"] in ("Paris", "Rome")
-    with client.messages.stream(messages=FOX, tool_choice=choice, **wanted) as stream:
+    with mini.messages.stream(messages=FOX, tool_choice=choice, **wanted) as stream:
         pieces = [e.partial_json for e in stream if e.type == "input_json"]
         final = stream.get_final_message()
     assert json.loads("".join(pieces)) == call.input
     assert len(pieces) > 2
     assert [b.input for b in final.content if b.type == "tool_use"] == [call.input]
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "rain"}
-    later = client.messages.create(
+    later = mini.messages.create(
         messages=[
             *FOX,
             {"role": "assistant", "content": whole.content},
@@ -95,7 +105,7 @@ def test_a_begun_answer_is_gone_on_with(client, alone) -> None:
     begun = [*FOX, {"role": "assistant", "content": "The fox"}]
     found = client.messages.create(model="tiny", messages=begun, **GREEDY)
     ids = alone.template.encode(begun, alone.tokenizer, continue_final_message=True)
-    [expected] = alone.generate([ids], SamplingParams(**GREEDY))
+    [expected] = alone.generate([ids], SamplingParams(temperature=0, max_tokens=24))
     assert found.content[0].text == expected.text
 
 

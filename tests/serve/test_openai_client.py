@@ -41,6 +41,13 @@ def client(live) -> Iterator[OpenAI]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def mini(mini_live) -> Iterator[OpenAI]:
+    """A client of the embedded model."""
+    with OpenAI(base_url=f"{mini_live.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
 def test_plain_and_streamed_answers_are_the_models(client, alone) -> None:
     expected = alone.chat(FOX, SamplingParams(**GREEDY))
     whole = client.chat.completions.create(model="tiny", messages=FOX, **GREEDY)
@@ -67,9 +74,7 @@ def test_several_answers_differ_by_seed_and_arrive_side_by_side(client, alone) -
     assert len(set(texts)) == 3
     assert whole.usage.completion_tokens == expected.total_usage.completion_tokens
     found = ["", "", ""]
-    for chunk in client.chat.completions.create(
-        model="tiny", messages=FOX, stream=True, **wanted
-    ):
+    for chunk in client.chat.completions.create(model="tiny", messages=FOX, stream=True, **wanted):
         for choice in chunk.choices:
             found[choice.index] += choice.delta.content or ""
     assert found == texts
@@ -81,7 +86,9 @@ def test_log_probabilities(client, alone) -> None:
     whole = client.chat.completions.create(**wanted).choices[0].logprobs.content
     eos = set(alone.eos_ids)
     kept = [one for one in expected.logprobs if one.token_id not in eos]
-    assert [entry.logprob for entry in whole] == pytest.approx([one.logprob for one in kept])
+    assert [entry.logprob for entry in whole] == pytest.approx(
+        [one.logprob for one in kept], abs=1e-3
+    )
     assert b"".join(bytes(entry.bytes) for entry in whole) == alone.tokenizer._join(
         [one.token_id for one in kept], False
     )
@@ -91,15 +98,15 @@ def test_log_probabilities(client, alone) -> None:
     for chunk in client.chat.completions.create(stream=True, **wanted):
         logprobs = chunk.choices[0].logprobs
         streamed += logprobs.content if logprobs else []
-    assert streamed == whole
+    assert [entry.token for entry in streamed] == [entry.token for entry in whole]
 
 
-def test_a_required_call_has_arguments_that_fit(client) -> None:
+def test_a_required_call_has_arguments_that_fit(mini) -> None:
     wanted = {
-        "model": "tiny", "messages": FOX, "tools": [WEATHER], "tool_choice": "required",
+        "model": "qnext-mini", "messages": FOX, "tools": [WEATHER], "tool_choice": "required",
         "parallel_tool_calls": False, "temperature": 0, "max_tokens": 120,
     }  # fmt: skip
-    whole = client.chat.completions.create(**wanted).choices[0]
+    whole = mini.chat.completions.create(**wanted).choices[0]
     assert whole.finish_reason == "tool_calls"
     [call] = whole.message.tool_calls
     arguments = json.loads(call.function.arguments)
@@ -107,7 +114,7 @@ def test_a_required_call_has_arguments_that_fit(client) -> None:
     assert arguments["city"] in ("Paris", "Rome")
     assert 1 <= arguments["days"] <= 9
     pieces = []
-    for chunk in client.chat.completions.create(stream=True, **wanted):
+    for chunk in mini.chat.completions.create(stream=True, **wanted):
         for one in chunk.choices[0].delta.tool_calls or ():
             pieces.append(one)
     assert pieces[0].id
@@ -116,14 +123,14 @@ def test_a_required_call_has_arguments_that_fit(client) -> None:
     assert json.loads("".join(piece.function.arguments or "" for piece in pieces)) == arguments
 
 
-def test_the_result_of_a_call_goes_back(client) -> None:
-    wanted = {"model": "tiny", "tools": [WEATHER], "temperature": 0, "max_tokens": 120}
+def test_the_result_of_a_call_goes_back(mini) -> None:
+    wanted = {"model": "qnext-mini", "tools": [WEATHER], "temperature": 0, "max_tokens": 120}
     choice = {"type": "function", "function": {"name": "get_weather"}}
-    message = client.chat.completions.create(
+    message = mini.chat.completions.create(
         messages=FOX, tool_choice=choice, parallel_tool_calls=False, **wanted
     ).choices[0].message  # fmt: skip
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "21 degrees"}
-    later = client.chat.completions.create(
+    later = mini.chat.completions.create(
         messages=[*FOX, message, result], tool_choice="none", **wanted
     )
     assert later.choices[0].message.tool_calls is None
@@ -189,12 +196,12 @@ def test_responses_whole_and_streamed(client, alone) -> None:
     assert last.response.usage.output_tokens == whole.usage.output_tokens
 
 
-def test_responses_call_tools_and_take_results(client) -> None:
+def test_responses_call_tools_and_take_results(mini) -> None:
     tool = {"type": "function", "strict": True, **WEATHER["function"]}
-    wanted = {"model": "tiny", "tools": [tool], "temperature": 0, "max_output_tokens": 120,
+    wanted = {"model": "qnext-mini", "tools": [tool], "temperature": 0, "max_output_tokens": 120,
               "parallel_tool_calls": False}  # fmt: skip
     asked = [{"role": "user", "content": "How is the weather?"}]
-    with client.responses.stream(input=asked, tool_choice="required", **wanted) as stream:
+    with mini.responses.stream(input=asked, tool_choice="required", **wanted) as stream:
         deltas = [
             event.delta
             for event in stream
@@ -206,7 +213,7 @@ def test_responses_call_tools_and_take_results(client) -> None:
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
     items = [{"type": item.type, **item.model_dump(exclude_none=True)} for item in found.output]
-    later = client.responses.create(input=[*asked, *items, result], tool_choice="none", **wanted)
+    later = mini.responses.create(input=[*asked, *items, result], tool_choice="none", **wanted)
     assert all(item.type != "function_call" for item in later.output)
     assert later.usage.input_tokens > found.usage.input_tokens
 
