@@ -198,6 +198,20 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Prepare training data."""
+    from qnext import data_command
+
+    return data_command.run(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Score a model."""
+    from qnext import eval_command
+
+    return eval_command.run(arguments)
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Run a training recipe, draw its curves, or export its model."""
     from qnext import train_command
@@ -208,7 +222,7 @@ def train(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
     "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
-    "train": train,
+    "train": train, "data": data, "eval": evaluate,
 }  # fmt: skip
 
 
@@ -405,6 +419,11 @@ def build_parser() -> argparse.ArgumentParser:
     action = _command(actions, "info", "what a folder given with --cache-dir holds")
     action.add_argument("folder", metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
+
+    from qnext import data_command, eval_command
+
+    data_command.add_parser(commands)
+    eval_command.add_parser(commands)
 
     one = _command(commands, "bench", "how fast this machine runs a model, and its limits")
     one.add_argument(
