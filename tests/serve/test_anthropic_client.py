@@ -67,7 +67,7 @@ def test_the_system_prompt_and_blocks_reach_the_template(client, alone) -> None:
 
 
 def test_tools_are_called_and_answered(mini) -> None:
-    wanted = {"model": "qnext-mini", "tools": [WEATHER], "max_tokens": 120,
+    wanted = {"model": "qnext-mini", "tools": [WEATHER], "max_tokens": 400,
               "extra_body": {"temperature": 0}}  # fmt: skip
     choice = {"type": "any", "disable_parallel_tool_use": True}
     whole = mini.messages.create(messages=FOX, tool_choice=choice, **wanted)
@@ -123,8 +123,7 @@ def test_errors_are_the_clients_own(client) -> None:
     assert error["message"].startswith("messages[0].role: expected one of")
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="claude", messages=FOX, **GREEDY)
+    image = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
+    pictures = [{"role": "user", "content": [image]}]
     with pytest.raises(anthropic.BadRequestError, match=r"content\[0\].type: expected one of"):
-        image = {"type": "image", "source": {"type": "url", "url": "https://example.org/a.png"}}
-        client.messages.create(
-            model="tiny", messages=[{"role": "user", "content": [image]}], **GREEDY
-        )
+        client.messages.create(model="tiny", messages=pictures, **GREEDY)

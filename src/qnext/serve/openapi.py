@@ -1,4 +1,4 @@
-"""``GET /openapi.json``: the interface in OpenAPI 3.1, made from the types requests are read with."""
+"""``GET /openapi.json``: the interface in OpenAPI 3.1, made from the types requests have."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +145,9 @@ def _operation(path: str, each: Operation, named: dict[type, Any]) -> dict[str, 
         content["text/event-stream"] = {"schema": {"type": "string"}}
     answers = {"200": {"description": each.summary, "content": content}}
     for status in each.refusals:
-        failed = named[each.answer] if path == "/health" and status == "503" else named[shape]
+        # An engine that has ended says so in the usual words.
+        is_health = path == "/health" and status == "503"
+        failed = named[shapes.Health if is_health else shape]
         answers[status] = {"description": _REFUSALS[status], "content": {JSON: {"schema": failed}}}
     found: dict[str, Any] = {
         "summary": each.summary,
