@@ -104,8 +104,9 @@ class Lanes:
                 policy.note(s.request.id, tried, accepted)
             s.drafts = drafts
             reason = REASONS[why]
-            if s.request.params.is_penalised:
-                s.counts.update(tokens)
+            counts = s.counts
+            for token in tokens:
+                counts[token] += 1
             told(s, reason, logprobs)
             if reason is not None:
                 ended.append(s)

@@ -135,13 +135,6 @@ class SamplingParams:
         if any(not text for text in self.stop):
             raise RequestError("stop: an empty string would stop everything at once; remove it.")
 
-    @property
-    def is_penalised(self) -> bool:
-        """Whether earlier tokens of the answer change the scores of later ones."""
-        return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
-        )
-
     @staticmethod
     def _check(
         name: str, value: Any, low: float, high: float | None, *, open_low: bool = False
