@@ -39,11 +39,17 @@ Model = CausalLM | NativeModel
 TOKENS = 16
 """Length of an answer that nothing stops and that has no form."""
 
-OPENS_THINKING = """
-{%- if add_generation_prompt and enable_thinking is sameas true -%}
-    {{- "<think>\n" -}}
+TEMPLATE = """
+{%- if tools -%}
+    {{- "<|im_start|>system\\n<tool_call>: " ~ tools[0].function.name ~ "<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" ~ message.role ~ "\\n" ~ message.content ~ "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n<think>\\n" ~ ("" if enable_thinking else "\\n</think>\\n\\n") -}}
 {%- endif -%}"""
-"""Behind a template of the hybrid kind: one whose prompt ends inside the reasoning."""
+"""A template in miniature, so that tools cost no long prompt; it opens or closes a think block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +72,13 @@ class Subject:
         settings = {"memory": "64MiB", "threads": 1, **self.options, **options}
         with mock.patch.object(llm_module, "load_decoder", self._load):
             llm = LLM(self.folder, **settings)
-        llm.template = ChatTemplate(llm.template.source + OPENS_THINKING)
+        llm.template = ChatTemplate(TEMPLATE)
         # Compiled grammars are shared like the weights.
-        self._books.append(llm.rule_book)
+        if not self._books:
+            self._books.append(
+                RuleBook(llm.tokenizer, template=llm.template, eos_ids=llm.eos_ids,
+                         vocab_size=llm.config.vocab_size)
+            )  # fmt: skip
         llm.rule_book = self._books[0]
         return llm
 
@@ -224,7 +234,7 @@ WAYS: dict[str, tuple[Sequence[object], Edit]] = {
     "park": ((None, "once", "often"), lambda way, value: setattr(way, "park", value)),
     "stream": ((False, True), lambda way, value: setattr(way, "stream", value)),
     "rollback": (("snapshots", "replay"), lambda way, value: setattr(way, "rollback", value)),
-    "threads": ((1, 2, 3), lambda way, value: way.options.update(threads=value)),
+    "threads": ((1, 2), lambda way, value: way.options.update(threads=value)),
 }
 FACTORS = {name: values for name, (values, _) in {**ASKS, **WAYS}.items()}
 TORCH_FACTORS = {name: values for name, values in FACTORS.items() if name != "threads"}
@@ -491,9 +501,9 @@ def assert_it_happened(row: Row, plain: Plain, composed: Composed) -> None:
     """A row that hits nothing, or interrupts nothing, shows nothing."""
     if row["cache"] not in ("cold", "off") and plain.params.prompt_logprobs is None:
         assert min(composed.cached) >= 64, (row, composed.cached)
-    if row["park"]:
-        assert composed.parkings > 0, row
     sampled = len(plain.answers[0].token_ids) - plain.answers[0].forced_tokens
+    if row["park"] and sampled > 2:
+        assert composed.parkings > 0, row
     if row["drafts"] in (1, 2, 3, 4) and sampled > 12:
         assert composed.drafted > 0, row
 
