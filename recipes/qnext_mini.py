@@ -17,6 +17,7 @@ from pathlib import Path
 from recipes.mini import corpora
 
 from qnext.data.prepare import Plan
+from qnext.eval.needles import NeedleReport
 from qnext.train.mixture import Mixture
 from qnext.train.recipe import Objectives, Optimiser, Recipe, Rope, Schedule, Stage
 
@@ -147,6 +148,7 @@ def recipe() -> Recipe:
                 row_tokens=4096,
                 objectives=heads,
                 rope=Rope(theta=100_000.0),
+                report=NeedleReport(lengths=(1024, 4096)),
             ),
             Stage(
                 name="SFT",

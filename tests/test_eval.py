@@ -3,12 +3,14 @@
 import json
 import math
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from qnext import LLM, SamplingParams
+from qnext import LLM, SamplingParams, load_model
 from qnext.cli import main
 from qnext.eval import question_tasks, text_tasks
+from qnext.eval.needles import DEPTHS, SEED, NeedleReport, needle_prompt
 from qnext.eval.run import Options, evaluate, table
 from qnext.eval.scores import share, wilson
 from qnext.weights.folder import resolve_model
@@ -88,9 +90,7 @@ def test_answers_are_read_after_the_think_block(llm: LLM) -> None:
 
 
 def test_needles_fill_the_length_asked_for(llm: LLM) -> None:
-    from random import Random
-
-    made, prompt = question_tasks._needle(llm, Random(1), 300, 0.5, 2)
+    made, prompt = needle_prompt(llm.tokenizer, llm.template, Random(1), 300, 0.5, 2)
     assert 200 < len(prompt) <= 300
     assert made.value in llm.tokenizer.decode(prompt)
 
@@ -130,3 +130,15 @@ def test_scores_repeat(llm: LLM) -> None:
     one, other = evaluate(options, progress=False), evaluate(options, progress=False)
     assert one["results"] == other["results"]
     assert set(one["results"]["arithmetic"]["by_kind"]) == set(question_tasks.sums(1))
+
+
+def test_a_report_agrees_with_generation(llm: LLM) -> None:
+    folder = resolve_model("qnext-mini")
+    figures = NeedleReport(lengths=(200,)).measure(load_model(folder), folder)
+    right = []
+    for depth in DEPTHS:
+        rng = Random(f"{SEED}/report/200/{depth}")
+        made, prompt = needle_prompt(llm.tokenizer, llm.template, rng, 200, depth, 0)
+        [answer] = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=40))
+        right.append(answer.text == made.answer)
+    assert figures == {"needles_200": sum(right) / len(right)}

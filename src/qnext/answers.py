@@ -39,6 +39,8 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     """None until the last delta."""
+    stop_string: str | None = None
+    """The stop string that ended the answer, if one did."""
     usage: Usage
     ended_by: EndedBy | None = None
     """What exactly ended the answer; None until the last delta."""
@@ -175,6 +177,7 @@ class TextReader:
             token_ids=tuple(event.token_ids[:used]),
             finish_reason="stop" if self.stopped else event.finish_reason,
             ended_by="stop_string" if self.stopped else event.ended_by,
+            stop_string=self._stop.matched,
             usage=replace(
                 event.usage,
                 completion_tokens=self._used,

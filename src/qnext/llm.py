@@ -207,7 +207,7 @@ class LLM:
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+        text = prompt if isinstance(prompt, str) else self.rule_book.tags_in(ids)
         plain = params.structured_outputs is None
         regions = self.rule_book.regions(text, chat=False, plain=plain)
         request = self._request(ids, params, rules=self.rule_book.rules(params, regions))

@@ -103,6 +103,11 @@ class RuleBook:
             spell=None if has_ids else self.tokenizer.token_bytes,
         )  # fmt: skip
 
+    def tags_in(self, ids: Sequence[int]) -> str:
+        """Of a prompt in token ids, the tags that say where its answer starts."""
+        texts = {tag.id: tag.text.decode() for tag in self._tags[0]}
+        return "".join(texts.get(token, "") for token in ids)
+
     def rules(
         self, params: SamplingParams, regions: Regions, use: ToolUse | None = None
     ) -> Rules | None:

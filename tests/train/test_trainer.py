@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.train.tiny_runs import Counting, events, losses, tiny_recipe
 
-from qnext.errors import DataError, RecipeError, TrainingError
+from qnext.errors import DataError, RecipeError, TokenizerError, TrainingError
 from qnext.train import state
 from qnext.train.plan import Budget
 from qnext.train.recipe import Guard, Recipe, changed
@@ -367,12 +367,23 @@ def test_an_id_outside_the_vocabulary_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
-    recipe = tiny_recipe(data=Counting(digest="0" * 64), tokenizer=str(tiny_folder))
+    recipe = changed(
+        tiny_recipe(data=Counting(digest="0" * 64), tokenizer=str(tiny_folder)),
+        ["model.vocab_size=448"],
+    )
     with pytest.raises(RecipeError, match="made with another tokenizer"):
         Trainer(recipe, tmp_path / "run")
     with pytest.raises(RecipeError, match=r"tokenizer.json is not there"):
         Trainer(tiny_recipe(tokenizer=str(tmp_path)), tmp_path / "run")
+    with pytest.raises(TokenizerError, match="vocab_size is 48"):
+        Trainer(tiny_recipe(tokenizer=str(tiny_folder)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(TrainingError, match="could not be written: Not a directory"):
+        Trainer(tiny_recipe(), tmp_path / "file" / "run").run()
 
 
 def test_an_mtp_loss_without_a_head_is_refused(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 from qnext.answers import Completion
 from qnext.data.chats import BUDGET_END
-from qnext.data.generate import arithmetic, reasoning, recall, stories
+from qnext.data.generate import arithmetic, reasoning
 from qnext.data.generate.exercise import Exercise, is_held_out
 from qnext.data.generate.tools import tool_task
 from qnext.engine.request import SamplingParams
+from qnext.eval.needles import DEPTHS, SEED, needle_prompt
 from qnext.eval.scores import share
 from qnext.llm import LLM
 
@@ -19,8 +20,6 @@ MODES: tuple[tuple[str, dict[str, Any]], ...] = (
 LONGEST = 400
 """Tokens an answer may take, its reasoning included."""
 BUDGETS = (0, 16, 32, 64, 128, 256)
-DEPTHS = tuple(n / 10 for n in range(11))
-SEED = 77
 
 
 def ask(
@@ -158,7 +157,10 @@ def needle_grid(
         everything: list[bool] = []
         for depth in depths:
             rng = Random(f"{SEED}/needle/{length}/{depth}/{distractors}")
-            made = [_needle(llm, rng, length, depth, distractors) for _ in range(per_cell)]
+            made = [
+                needle_prompt(llm.tokenizer, llm.template, rng, length, depth, distractors)
+                for _ in range(per_cell)
+            ]
             answers = [
                 answer
                 for _, prompt in made
@@ -172,24 +174,6 @@ def needle_grid(
             watch(per_cell)
         cells[str(length)]["all"] = share(everything)
     return {"per_cell": per_cell, "distractors": distractors, "lengths": cells}
-
-
-def _needle(
-    llm: LLM, rng: Random, length: int, depth: float, distractors: int
-) -> tuple[recall.Needle, list[int]]:
-    """A needle whose prompt has at most ``length`` tokens, and nearly that many."""
-    sentences = stories.haystack(rng, 5 * length)
-    counts = [len(ids) for ids in llm.tokenizer.encode_batch([" " + s for s in sentences])]
-    room = length - 60 - 25 * (distractors + 1)
-    kept = 0
-    while kept < len(counts) and room >= counts[kept]:
-        room -= counts[kept]
-        kept += 1
-    made = recall.needle(rng, sentences[:kept], depth=depth, distractors=distractors, held_out=True)
-    messages = list(made.chat().messages[:1])
-    prompt = llm.template.encode(messages, llm.tokenizer, enable_thinking=False)
-    assert len(prompt) <= length, (len(prompt), length)
-    return made, prompt
 
 
 def tool_calls(llm: LLM, count: int) -> dict[str, Any]:
