@@ -297,7 +297,7 @@ class LLM:
         """
         several = _several(prompts)
         prepared = [
-            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
+            self.choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -332,7 +332,7 @@ class LLM:
     ) -> Completion:
         """Answer a conversation: messages are dicts with ``role`` and ``content``."""
         params = params or self.default_params(max_tokens=None)
-        pairs = self._choices(
+        pairs = self.choices(
             *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
         )
         with self._submitted(pairs) as names:
@@ -358,7 +358,7 @@ class LLM:
             pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
         return Stream(self, self._submit(*pair))
 
-    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+    def choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
         """The ``n`` answers to one prompt, which is run once for all of them."""
         pairs = [(request, reader)]
         if request.params.n > 1:

@@ -8,7 +8,7 @@ query and gate, queries, keys, values and gates of the delta layers, gate and up
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -318,10 +318,8 @@ class OptimiserState:
         return {slot.name: slot.age for slot in self.slots}
 
     @torch.no_grad()
-    def restore(self, read: Callable[[str], Tensor], ages: Mapping[str, int]) -> None:
-        """The inverse of ``tensors`` and ``ages``; ``read`` gives a tensor by name."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(read(name))
+    def refresh(self, ages: Mapping[str, int]) -> None:
+        """Follow ``tensors`` that were filled from a checkpoint, with the ages beside them."""
         for slot in self.slots:
             slot.age = ages[slot.name]
             if slot.parameter.dtype != torch.float32:

@@ -262,8 +262,6 @@ class Recipe:
     router_init: Literal["normalised", "plain"] = "normalised"
     checkpointing: bool = False
     """Compute the layers' activations again in the backward pass instead of keeping them."""
-    compile: bool = False
-    """Fuse elementwise neighbourhoods with torch.compile."""
     device: str = "cpu"
     workers: int = 0
     """Micro-batches computed side by side, each on its share of the threads; 0: one per core."""

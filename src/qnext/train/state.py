@@ -84,15 +84,15 @@ def checkpoint_paths(run: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def newest(run: Path, say: Callable[[str], None], *, at_most: int | None = None) -> (
-    Checkpoint | None
-):  # fmt: skip
-    """The newest checkpoint that verifies, of at most the given step; None if there is none.
+def newest(
+    run: Path, say: Callable[[str], None], *, only_snapshots: bool = False
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None if there is none.
 
     Damaged ones are renamed out of the way, and ``say`` gets one line for each.
     """
     for path in reversed(checkpoint_paths(run)):
-        if at_most is not None and step_of(path) > at_most:
+        if only_snapshots and not _noted(path).get("snapshot"):
             continue
         try:
             return verify(path)
@@ -142,10 +142,12 @@ def write(
     state: Mapping[str, Any],
     *,
     mark: str | None = None,
+    snapshot: bool = True,
 ) -> Path:
     """Write a checkpoint: one safetensors file per group, the state, the manifest; then rename.
 
-    ``mark`` says why it must stay (the end of a stage). Raises OSError when the disk refuses; the
+    ``mark`` says why it must stay (the end of a stage), ``snapshot`` that a roll-back may go to it.
+    Raises OSError when the disk refuses; the
     unfinished folder is then removed and earlier checkpoints are as they were.
     """
     folder = run / FOLDER
@@ -165,7 +167,10 @@ def write(
             file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(scratch.iterdir())
         }
-        _write_json(scratch / _MANIFEST, {"step": step, "mark": mark, "files": files})
+        _write_json(
+            scratch / _MANIFEST,
+            {"step": step, "mark": mark, "snapshot": snapshot, "files": files},
+        )
         _sync_folder(scratch)
         if final.exists():
             # A roll-back has come this way before. Until the next line is done the one before it
@@ -179,7 +184,7 @@ def write(
     return final
 
 
-def prune(run: Path, *, keep: int, is_snapshot: Callable[[int], bool]) -> None:
+def prune(run: Path, *, keep: int) -> None:
     """Remove what is no longer needed.
 
     The newest ``keep`` checkpoints stay, those with a mark, and the newest to which a roll-back
@@ -187,10 +192,9 @@ def prune(run: Path, *, keep: int, is_snapshot: Callable[[int], bool]) -> None:
     """
     paths = checkpoint_paths(run)
     stay = set(paths[-keep:])
-    snapshots = [path for path in paths if is_snapshot(step_of(path))]
-    stay.update(snapshots[-1:])
+    stay.update([path for path in paths if _noted(path).get("snapshot")][-1:])
     for path in paths:
-        if path not in stay and _mark_of(path) is None:
+        if path not in stay and _noted(path).get("mark") is None:
             shutil.rmtree(path)
     for path in (run / FOLDER).iterdir():
         if ".tmp-" in path.name and path.name.rpartition("-")[2] != str(os.getpid()):
@@ -200,8 +204,8 @@ def prune(run: Path, *, keep: int, is_snapshot: Callable[[int], bool]) -> None:
 class Writer:
     """Writes checkpoints beside the training, one at a time."""
 
-    def __init__(self, run: Path, *, keep: int, is_snapshot: Callable[[int], bool]) -> None:
-        self.run, self.keep, self.is_snapshot = run, keep, is_snapshot
+    def __init__(self, run: Path, *, keep: int) -> None:
+        self.run, self.keep = run, keep
         self.failures = 0
         """How many of the last checkpoints could not be written."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -214,6 +218,7 @@ class Writer:
         state: Mapping[str, Any],
         *,
         mark: str | None = None,
+        snapshot: bool = True,
         wait: bool = False,
     ) -> str | None:
         """Copy the tensors and write them; returns a line about an earlier one that failed.
@@ -226,7 +231,7 @@ class Writer:
             name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
             for name, group in groups.items()
         }
-        self._pending = self._pool.submit(self._write, step, copies, dict(state), mark)
+        self._pending = self._pool.submit(self._write, step, copies, dict(state), mark, snapshot)
         if wait:
             failed = self.finish()
             if failed is not None:
@@ -265,9 +270,10 @@ class Writer:
         groups: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         mark: str | None,
+        snapshot: bool,
     ) -> None:
-        write(self.run, step, groups, state, mark=mark)
-        prune(self.run, keep=self.keep, is_snapshot=self.is_snapshot)
+        write(self.run, step, groups, state, mark=mark, snapshot=snapshot)
+        prune(self.run, keep=self.keep)
 
 
 # -- what makes two runs comparable ----------------------------------------------------------------
@@ -317,12 +323,12 @@ def _make_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _mark_of(path: Path) -> str | None:
+def _noted(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest; empty if it cannot be read, and then nobody can use it."""
     try:
-        return cast("str | None", _read_json(path / _MANIFEST).get("mark"))
+        return _read_json(path / _MANIFEST)
     except CheckpointError:
-        # Unreadable: of no use to anyone, so nothing speaks against removing it.
-        return None
+        return {}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
