@@ -29,14 +29,12 @@ export class HeatMap {
   }
 
   /** Shows values [layer][expert] of at most `most`. */
-  draw(values, most, { ranks = false, missing = false } = {}) {
+  draw(values, most, { ranks = false } = {}) {
     this.values = values;
     this.most = Math.max(...values.map((row) => Math.max(...row)), 1);
     this.total = most;
     this.ranks = ranks;
-    this.hint = missing
-      ? "The model ended with this token, so it ran through no expert."
-      : ranks ? "The darkest had the largest weight." : "The darker, the more tokens ran there.";
+    this.hint = ranks ? "The darkest had the largest weight." : "The darker, the more tokens ran there.";
     this.say(this.hint);
     this.fillTable();
     this.paint();

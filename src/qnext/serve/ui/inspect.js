@@ -81,7 +81,9 @@ export class Inspect {
       this.expertsSection(found),
       this.layersSection(found),
       this.memorySection(found));
-    this.select(0);
+    // Where the model was least sure is the most interesting place to begin.
+    const doubts = found.tokens.map((token) => token.logprob);
+    this.select(doubts.indexOf(Math.min(...doubts)));
   }
 
   figures({ tokens, prompt_tokens: prompt }) {
@@ -212,11 +214,9 @@ export class Inspect {
 
   drawToken() {
     const { routes, num_experts: experts } = this.found;
-    // The last token was never read by the model, so it was routed nowhere.
-    const route = routes[this.selected];
     const rows = routes[0].map(() => new Float32Array(experts));
-    route?.forEach((ids, row) => ids.forEach((id, place) => (rows[row][id] = ids.length - place)));
-    this.heat.draw(rows, this.found.experts_per_token, { ranks: true, missing: !route });
+    routes[this.selected].forEach((ids, row) => ids.forEach((id, place) => (rows[row][id] = ids.length - place)));
+    this.heat.draw(rows, this.found.experts_per_token, { ranks: true });
   }
 
   layersSection({ layers }) {

@@ -163,7 +163,7 @@ export function showSettings(conversation) {
     group("Sampling", h("div", { class: "numbers" }, ...NUMBERS.map(numberField))),
     group("Appearance", h("fieldset", { class: "choices" },
       h("legend", { class: "unseen" }, "Appearance"), ...themes)),
-    group("Access", h("div", { class: "setting" },
+    group("Access", h("form", { class: "setting", onsubmit: (event) => event.preventDefault() },
       h("label", { htmlFor: "set-key" }, "API key"), key,
       h("p", { class: "quiet" }, "Only where the server asks for one. It stays in this browser."))));
 }
