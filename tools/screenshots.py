@@ -23,9 +23,10 @@ from qnext.serve.server import address, listen
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 MAX_BYTES = 250_000
 SIZE = {"width": 1200, "height": 780}
+TALL = {"width": 1200, "height": 1150}
 SETTINGS = '{"temperature": 0, "seed": 1}'
 STORY = "Tell me a short story about a fox and the moon."
-SUM = "What is 17 + 25?"
+EARLIER = ("What is 3 + 4?", "Who are you?")
 
 
 @contextmanager
@@ -76,16 +77,22 @@ def main() -> None:
             page = context.new_page()
             page.add_init_script(f"localStorage.setItem('qnext.settings', '{SETTINGS}')")
             page.goto(url)
-            ask(page, SUM)
-            page.locator(".reasoning summary").click()
+            for text in EARLIER if scheme == "light" else ():
+                ask(page, text)
+                page.get_by_role("button", name="Conversations", exact=True).click()
+                page.get_by_role("button", name="New chat").click()
+                page.get_by_role("button", name="Conversations", exact=True).click()
             ask(page, STORY)
             if scheme == "light":
                 page.get_by_role("button", name="Conversations", exact=True).click()
+                page.get_by_role("button", name="Settings").click()
                 take(page, folder, "chat")
                 page.get_by_role("button", name="Conversations", exact=True).click()
+                page.get_by_role("button", name="Settings", exact=True).click()
             page.get_by_role("link", name="Inspect").click()
             page.locator(".heat").wait_for()
             if scheme == "dark":
+                page.set_viewport_size(TALL)
                 take(page, folder, "inspect")
             page.get_by_role("link", name="Dashboard").click()
             page.locator(".cards").get_by_text("Throughput").wait_for()

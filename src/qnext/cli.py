@@ -205,6 +205,13 @@ def data(arguments: argparse.Namespace) -> int:
     return data_command.run(arguments)
 
 
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Score a model."""
+    from qnext import eval_command
+
+    return eval_command.run(arguments)
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Run a training recipe, draw its curves, or export its model."""
     from qnext import train_command
@@ -215,7 +222,7 @@ def train(arguments: argparse.Namespace) -> int:
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
     "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
-    "train": train, "data": data,
+    "train": train, "data": data, "eval": evaluate,
 }  # fmt: skip
 
 
@@ -413,9 +420,10 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("folder", metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
 
-    from qnext import data_command
+    from qnext import data_command, eval_command
 
     data_command.add_parser(commands)
+    eval_command.add_parser(commands)
 
     one = _command(commands, "bench", "how fast this machine runs a model, and its limits")
     one.add_argument(

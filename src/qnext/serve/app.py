@@ -30,11 +30,14 @@ from qnext.llm import LLM
 from qnext.serve.answering import EventStream, failed, run_to_end
 from qnext.serve.api.chat import ChatRequest
 from qnext.serve.api.completions import CompletionRequest
-from qnext.serve.api.fields import Head
+from qnext.serve.api.fields import Head, Sampling
+from qnext.serve.api.messages import CountRequest, MessagesRequest
+from qnext.serve.api.responses import ResponsesRequest
 from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 from qnext.serve.gate import Gate, Rules
 from qnext.serve.inspecting import Inspector
 from qnext.serve.metrics import MEDIA_TYPE, Metrics
+from qnext.serve.openapi import document
 from qnext.serve.page import page_routes
 from qnext.serve.reading import Body, read_body
 from qnext.serve.refusals import ApiError, shape_of
@@ -43,8 +46,11 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
-Generating = ChatRequest | CompletionRequest
-ID_PREFIXES: dict[type, str] = {ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-"}
+Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
+ID_PREFIXES: dict[type, str] = {
+    ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-", ResponsesRequest: "resp_",
+    MessagesRequest: "msg_",
+}  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +84,9 @@ def create_app(
     routes: dict[str, tuple[Callable[[HttpRequest], Awaitable[Response]], str]] = {
         "/v1/chat/completions": (service.generating(ChatRequest), "POST"),
         "/v1/completions": (service.generating(CompletionRequest), "POST"),
+        "/v1/responses": (service.generating(ResponsesRequest), "POST"),
+        "/v1/messages": (service.generating(MessagesRequest), "POST"),
+        "/v1/messages/count_tokens": (service.answering(CountRequest), "POST"),
         "/v1/models": (service.models, "GET"),
         "/v1/models/{model:path}": (service.model, "GET"),
         "/tokenize": (service.answering(TokenizeRequest), "POST"),
@@ -86,6 +95,7 @@ def create_app(
         "/metrics": (service.metrics_page, "GET"),
         "/cache/explain": (service.explain, "GET"),
         "/inspect/{id}": (service.inspect, "GET"),
+        "/openapi.json": (_document, "GET"),
         **{path: (handler, "GET") for path, handler in page_routes().items()},
     }
     middleware = [Middleware(Gate, rules=rules, metrics=service.metrics)]
@@ -151,7 +161,7 @@ class _Service:
             )
             record.answer = head.id
             self._answers.append((head.id, job.requests[0].id))
-            if asked.wants_inspection():
+            if isinstance(asked, Sampling) and asked.wants_inspection():
                 self._inspector.remember(head.id, job.requests[0])
             writer = asked.writer(self.llm, head)
             headers = {"x-qnext-ignored": ", ".join(record.ignored)} if record.ignored else {}
@@ -205,7 +215,7 @@ class _Service:
         code = None
         try:
             pairs = await run_in_threadpool(asked.prepare, self.llm)
-            if asked.wants_inspection():
+            if isinstance(asked, Sampling) and asked.wants_inspection():
                 pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:
                 code = "context_length_exceeded"
@@ -339,3 +349,8 @@ async def _internal_error(http: HttpRequest, error: Exception) -> Response:
     message = "an error inside the server; its log has the details."
     answer = ApiError(500, message, type="server_error", code="internal_error")
     return _json(answer.body(shape_of(http.url.path)), status=500)
+
+
+async def _document(http: HttpRequest) -> Response:
+    """GET /openapi.json"""
+    return _json(document())

@@ -82,7 +82,7 @@ class Inspector:
         room = self._llm.max_model_len - 1 - len(prompt)
         tokens = answer.watch.tokens[: min(MAX_TOKENS, room)]
         if not tokens:
-            raise ApiError(409, f"inspect: answer {name!r} has no tokens yet.", code="no_tokens")
+            raise ApiError(404, f"inspect: answer {name!r} has no tokens yet.", code="no_tokens")
         watch = Watch(routes_from=len(prompt))
         pair = self._llm.prepare_score([*prompt, *tokens], top=TOP, watch=watch)
         try:

@@ -108,7 +108,8 @@ def matrices(name: str, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
         keys, values = config.linear_key_head_dim, per_head * config.linear_value_head_dim
         grouped = tensor.unflatten(0, (config.linear_num_key_heads, -1))
         return [part[None] for part in grouped.split((keys, keys, values, values), dim=1)]
-    if name.endswith("self_attn.q_proj.weight") and config.is_hybrid:
+    queries = config.num_attention_heads * config.head_dim
+    if name.endswith("self_attn.q_proj.weight") and tensor.shape[0] == 2 * queries:
         # Rows alternate per head: H of the query, then H of its gate.
         halves = tensor.unflatten(0, (-1, 2, config.head_dim))
         return [halves[None, :, 0], halves[None, :, 1]]

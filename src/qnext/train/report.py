@@ -12,7 +12,8 @@ from qnext.errors import RequestError, TrainingError
 from qnext.train.telemetry import read_log, scalars
 
 INK, WARM, COOL = "#30343b", "#c8553d", "#2f6690"
-COLOURS = (COOL, WARM, "#6b9080", "#b08968", "#7d5ba6", "#8d99ae", "#d9a441", "#4f772d", "#a44a6d")
+COLOURS = (COOL, WARM, "#6b9080", "#b08968", "#7d5ba6", "#8d99ae", "#d9a441", "#4f772d", "#a44a6d",
+           "#1b998b", "#e26d5c", "#577590", "#c9a227", "#3d348b")  # fmt: skip
 _SMOOTH = 0.9
 """Of the bold line: how much of it each point keeps."""
 _MARKED = ("suspicious", "skip", "roll back")
@@ -217,7 +218,7 @@ def _picture(
             axis.axvline(at, color=WARM, linewidth=0.6, alpha=0.5)
         axis.set_title(title, fontsize=10, color=INK)
         axis.set_xlim(steps[0]["step"], max(steps[-1]["step"], steps[0]["step"] + 1))
-        if logarithmic and all(v > 0 for curve in curves.values() for _, v in curve):
+        if logarithmic and any(v > 0 for curve in curves.values() for _, v in curve):
             axis.set_yscale("log")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

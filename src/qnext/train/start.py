@@ -8,6 +8,7 @@ from qnext.config import ModelConfig, RopeConfig
 from qnext.errors import RecipeError
 from qnext.model.model import CausalLM, initialise
 from qnext.ops import OpSpec, select
+from qnext.text.tokenizer import Tokenizer
 from qnext.train.batch import DataSource
 from qnext.train.recipe import Need, Recipe, Rope, tokenizer_digest
 from qnext.weights.checkpoint import load_model
@@ -59,8 +60,16 @@ def normalise_routers(model: CausalLM) -> None:
 
 
 def open_sources(recipe: Recipe, config: ModelConfig) -> list[DataSource]:
-    """The data of every stage. Raises RecipeError for data of another tokenizer, DataError."""
-    wanted = None if recipe.tokenizer is None else tokenizer_digest(recipe.tokenizer)
+    """The data of every stage.
+
+    Raises RecipeError for data of another tokenizer, TokenizerError for a tokenizer that does not
+    fit the model, DataError.
+    """
+    wanted = None
+    if recipe.tokenizer is not None:
+        wanted = tokenizer_digest(recipe.tokenizer)
+        # Raises TokenizerError when the tokenizer has more ids than the model has rows.
+        Tokenizer.from_folder(recipe.tokenizer).undefined_ids(config.vocab_size)
     sources: list[DataSource] = []
     for number, stage in enumerate(recipe.stages):
         made_with = stage.data.tokenizer_digest()

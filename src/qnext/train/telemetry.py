@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,16 +56,16 @@ class Log:
             self._stream.write(json.dumps(_plain(line)).encode() + b"\n")
             self._stream.flush()
         except OSError as error:
-            raise TrainingError(
-                f"{self.file} could not be written: {error.strerror or error}. Free some space and "
-                "go on with --resume; checkpoints are untouched."
-            ) from error
+            raise self._refused(error) from error
         for reader in self.readers:
             reader(line)
 
     def sync(self) -> int:
         """Force it to the disk; returns its length in bytes, to be kept in the checkpoint."""
-        os.fsync(self._stream.fileno())
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
         return self._stream.tell()
 
     def cut(self, length: int) -> None:
@@ -72,9 +73,17 @@ class Log:
         self._stream.truncate(length)
         self._stream.seek(length)
 
+    def _refused(self, error: OSError) -> TrainingError:
+        return TrainingError(
+            f"{self.file} could not be written: {error.strerror or error}. Free some space and "
+            "go on with --resume; checkpoints are untouched."
+        )
+
     def close(self) -> None:
         """Close the file and the readers."""
-        self._stream.close()
+        # What could not be written has been said; a file object tries once more.
+        with suppress(OSError):
+            self._stream.close()
         for reader in self.readers:
             reader.close()
 

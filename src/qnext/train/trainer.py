@@ -100,7 +100,10 @@ class Trainer:
                     "num_nextn_predict_layers to 1, or objectives.mtp_weights to []."
                 )
         cores = torch.get_num_threads()
-        self.workers = recipe.workers or (1 if recipe.device != "cpu" else cores)
+        side_by_side = min(stage.batch_tokens // stage.micro_tokens for stage in recipe.stages)
+        self.workers = recipe.workers or (
+            1 if recipe.device != "cpu" else max(1, min(cores, side_by_side))
+        )
         self.threads = max(1, cores // self.workers)
         self.position = Position()
         self.peak_flops = 0.0
@@ -108,6 +111,10 @@ class Trainer:
         self._readers = tuple(readers)
         self._stop = Event()
         self._drifted = False
+
+    def make_model(self) -> CausalLM:
+        """The model before the first step, in float32; experiments may alter it here."""
+        return start_model(self.recipe, self.config)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -400,7 +407,7 @@ class Trainer:
             del self.model, self.optimiser
         self.config = start_config(self.recipe)
         self.position = Position()
-        self.model: CausalLM = start_model(self.recipe, self.config)
+        self.model = self.make_model()
         self.optimiser = OptimiserState(self.model, self.recipe.optimiser_of(0), self.config)
         self.optimiser.cast_working(getattr(torch, self.recipe.dtype))
         routers, experts = router_count(self.model), self.config.num_experts
@@ -442,6 +449,7 @@ class Trainer:
         if self.budget is not None and self.budget.as_dict() != found.state["budget"]:
             self.say("the budget was fixed when the run began; the new one is not used.")
         if self._drifted:
+            self._write_recipe()
             self._event("drift", now=self._fingerprint())
 
     def _check_same(self, found: checkpoints.Checkpoint) -> None:
@@ -582,23 +590,35 @@ class Trainer:
     # -- the folder --------------------------------------------------------------------------------
 
     def _make_folder(self) -> None:
-        try:
+        with self._writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"{self.folder} cannot be made: {error.strerror or error}. Choose another --run."
-            ) from error
+            (self.folder / LOCK).touch()
 
     def _write_recipe(self) -> None:
         text = json.dumps(self.recipe.as_dict(), indent=1)
-        (self.folder / RECIPE).write_text(text + "\n", encoding="utf-8")
-        if self.recipe.tokenizer is not None:
-            target = self.folder / TOKENIZER
+        with self._writing(self.folder / RECIPE):
+            scratch = self.folder / f"{RECIPE}.partial"
+            scratch.write_text(text + "\n", encoding="utf-8")
+            scratch.replace(self.folder / RECIPE)
+        if self.recipe.tokenizer is None:
+            return
+        target = self.folder / TOKENIZER
+        with self._writing(target):
             target.mkdir(exist_ok=True)
             for name in TOKENIZER_FILES:
                 file = Path(self.recipe.tokenizer) / name
                 if file.is_file():
                     shutil.copyfile(file, target / name)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{path} could not be written: {error.strerror or error}. Free some space or "
+                "choose another folder with --run."
+            ) from error
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -621,7 +641,8 @@ class Trainer:
         only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
         fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.set_num_threads(self.threads)
-        torch.use_deterministic_algorithms(True, warn_only=self.recipe.device != "cpu")
+        # On a GPU, fast kernels add in whatever order they finish; only a CPU promises bits.
+        torch.use_deterministic_algorithms(self.recipe.device == "cpu")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             yield

@@ -93,7 +93,7 @@ export class Dashboard {
     const values = this.history.map(of);
     const top = Math.max(...values, 1);
     const at = (value, i) =>
-      `${((KEPT - values.length + i) * 200) / (KEPT - 1)},${39 - (value / top) * 36}`;
+      `${(i * 200) / Math.max(values.length - 1, 1)},${39 - (value / top) * 36}`;
     const points = values.map(at).join(" ");
     return svg("svg", { viewBox: "0 0 200 40", preserveAspectRatio: "none", class: "line",
       "aria-hidden": "true" },
