@@ -34,7 +34,7 @@ export class HeatMap {
     this.most = Math.max(...values.map((row) => Math.max(...row)), 1);
     this.total = most;
     this.ranks = ranks;
-    this.hint = ranks ? "The darkest had the largest weight." : "The darker, the more tokens ran there.";
+    this.hint = ranks ? "The strongest colour had the largest weight." : "The stronger the colour, the more tokens ran there.";
     this.say(this.hint);
     this.fillTable();
     this.paint();
