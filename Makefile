@@ -13,8 +13,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
 
+# The tests of one file stay together only as far as balance allows; each worker computes on one core.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Everything, the long tests included.
 test-all: $(VENV)/.dev

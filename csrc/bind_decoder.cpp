@@ -70,7 +70,7 @@ void propose(Decoder& decoder, Array<const int32_t> ids, Array<const int64_t> se
 void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const int64_t> sequences,
          Array<const int64_t> pages, Array<const int64_t> captures, nb::object hidden_in,
          Array<float> hidden, Array<const int32_t> logit_rows, Array<float> logits,
-         bool invariant) {
+         bool invariant, int32_t* routes = nullptr) {
   Step step = step_of(ids, sequences, pages);
   const auto C = static_cast<int64_t>(captures.size()) / 3;
   for (int64_t c = 0; c < C; ++c) {
@@ -87,6 +87,7 @@ void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const in
   step.logit_count = static_cast<int64_t>(logit_rows.size());
   step.logits = logits.data();
   step.invariant = invariant;
+  step.routes = routes;
   nb::gil_scoped_release release;
   if (is_mtp) {
     decoder.forward_mtp(step, pool());
@@ -200,12 +201,16 @@ void bind_decoder(nb::module_& m) {
           "forward",
           [](Decoder& self, Array<const int32_t> ids, Array<const int64_t> sequences,
              Array<const int64_t> pages, Array<const int64_t> captures, Array<float> hidden,
-             Array<const int32_t> logit_rows, Array<float> logits, bool invariant) {
+             Array<const int32_t> logit_rows, Array<float> logits, bool invariant,
+             nb::object routes) {
+            Array<int32_t> target;
+            if (!routes.is_none()) target = nb::cast<Array<int32_t>>(routes);
             run(self, false, ids, sequences, pages, captures, nb::none(), hidden, logit_rows,
-                logits, invariant);
+                logits, invariant, routes.is_none() ? nullptr : target.data());
           },
           nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"), nb::arg("captures"),
-          nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"), nb::arg("invariant"))
+          nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"), nb::arg("invariant"),
+          nb::arg("routes") = nb::none())
       .def(
           "forward_mtp",
           [](Decoder& self, Array<const int32_t> ids, Array<const int64_t> sequences,

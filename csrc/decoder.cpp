@@ -250,7 +250,7 @@ int64_t Decoder::workspace_bytes() const {
 // Before the threads start: every shared buffer has its size, so that they only write into them.
 void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
   if (!work_) work_ = std::make_shared<Work>();
-  experts_read_ = 0;
+  experts_read_ = routed_layers_ = 0;
   Work& w = *work_;
   w.linear = &linear_kernels(current_isa());
   w.norm = &norm_kernels(current_isa());
@@ -700,7 +700,12 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team, con
     if (rows > 1) team.barrier();
   }
   // A single row was routed by the last thread.
-  if (team.thread == (rows > 1 ? 0 : team.threads - 1)) group_by_expert(experts, rows);
+  if (team.thread == (rows > 1 ? 0 : team.threads - 1)) {
+    if (experts && step.routes) {
+      std::copy_n(w.ids.ints(0), rows * k, step.routes + routed_layers_++ * rows * k);
+    }
+    group_by_expert(experts, rows);
+  }
   team.barrier();
 
   // Gate and up of all experts, then down. A step of few rows splits every expert's tiles, so

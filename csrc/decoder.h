@@ -98,6 +98,7 @@ struct Step {
   float* logits = nullptr;  // [logit_count][rows of the head]
   const Matrix* head = nullptr;  // another than the decoder's own
   bool invariant = false;   // same bits whatever the batch and the chunks
+  int32_t* routes = nullptr;  // [sparse layers][P][k] out: the experts that ran; may be null
 };
 
 // Greedy drafts to be made in one go. `head` has a part of the vocabulary: row r is token ids[r],
@@ -160,6 +161,7 @@ class Decoder {
 
   std::shared_ptr<Work> work_;
   int64_t experts_read_ = 0;
+  int64_t routed_layers_ = 0;  // of the running step, so far
 };
 
 }  // namespace qnext

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qnext import LLM, SamplingParams, load_model, save_model
+from qnext.answers import Conversation
 from qnext.engine.request import Event, Request, Usage
 from qnext.errors import RequestError, TokenizerError
 from qnext.llm import TextReader, parse_bytes
@@ -165,6 +166,46 @@ def test_thinking_is_split_off_and_counted(llm):
     assert (text, reasoning) == ("A fox.", "the moon")
     newlines = 2 * len(llm.tokenizer.encode("\n"))
     assert last.usage.reasoning_tokens == len(think) + newlines
+
+
+def test_tool_calls_are_parts_of_the_answer(llm):
+    request = Request(id="x", prompt_ids=(1,), params=SamplingParams())
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    reader = TextReader(
+        llm.tokenizer,
+        request,
+        split_reasoning=True,
+        starts_in_reasoning=False,
+        conversation=Conversation(messages=(), options={}),
+        tool_format=llm.template.tool_format,
+        tools=tools,
+    )
+    call = '{"name": "find", "arguments": {"who": "a fox"}}'
+    written = f"Let me see.\n<tool_call>\n{call}\n</tool_call>"
+    text, _, last = feed(reader, llm.tokenizer.encode(written))
+    assert text == "Let me see."
+    assert last.text == ""
+    function = {"name": "find", "arguments": '{"who": "a fox"}'}
+    assert reader.answer() == {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+    # Without tools in the request, the same text is content.
+    assert feed(reader_for(llm, chat=True), llm.tokenizer.encode(written))[0] == written
+
+
+def test_calls_are_looked_for_when_the_request_has_tools(llm):
+    messages = [{"role": "user", "content": "Find it."}]
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    for options, expected in (
+        ({"tools": tools}, "hermes"),
+        ({"tools": tools, "parse_tools": False}, None),
+        ({}, None),
+    ):
+        _, reader = llm.prepare_chat(messages, SamplingParams(), **options)
+        text, _, _ = feed(reader, llm.tokenizer.encode('<tool_call>{"name": "find"}</tool_call>'))
+        assert (text == "") == (expected is not None)
 
 
 @pytest.mark.parametrize(

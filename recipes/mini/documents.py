@@ -13,7 +13,9 @@ from recipes.mini import sources
 from recipes.mini.arithmetic import arithmetic_chat, arithmetic_text
 from recipes.mini.chats import Chat, single
 from recipes.mini.smalltalk import identity, smalltalk_chat, smalltalk_text
-from recipes.mini.stories import request, story, story_chat, subject_of
+from recipes.mini.story_chats import story_chat
+
+from qnext.data.generate.stories import request, story, subject_of
 
 Row = dict
 Item = str | Chat
@@ -69,15 +71,15 @@ def finetuning(entry: sources.Source, rows: list[Row], seed: int) -> Iterator[Do
 
 def _story_texts(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
     for name, _, text in sources.story_texts(entry, rows):
-        yield from _pieces(name, text)
+        yield from pieces(name, text)
 
 
 def _textbook_texts(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
     for name, _, text in sources.textbook_texts(rows):
-        yield from _pieces(name, text)
+        yield from pieces(name, text)
 
 
-def _pieces(name: str, text: str, limit: int = 3000) -> Iterator[Document]:
+def pieces(name: str, text: str, limit: int = 3000) -> Iterator[Document]:
     """A long text cut between paragraphs into pieces of about ``limit`` characters."""
     part: list[str] = []
     size = number = 0
@@ -184,7 +186,7 @@ def _country_texts(entry: sources.Source, rows: list[Row], rng: Random) -> Itera
         text = sources.plain(row["text"])
         background = text.partition("Background: ")[2].partition("\n\n##")[0].strip()
         if background:
-            yield from _pieces(row["id"], background, limit=2000)
+            yield from pieces(row["id"], background, limit=2000)
 
 
 def _country_questions(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:

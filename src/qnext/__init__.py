@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qnext.config import ModelConfig
-    from qnext.engine.request import SamplingParams
+    from qnext.engine.request import SamplingParams, StructuredOutputs
     from qnext.llm import LLM
     from qnext.weights.checkpoint import load_model, save_model
 
@@ -18,11 +18,13 @@ _HOMES = {
     "LLM": "qnext.llm",
     "ModelConfig": "qnext.config",
     "SamplingParams": "qnext.engine.request",
+    "StructuredOutputs": "qnext.engine.request",
     "load_model": "qnext.weights.checkpoint",
     "save_model": "qnext.weights.checkpoint",
 }
 
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "__version__", "load_model", "save_model"]
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "StructuredOutputs", "__version__",
+           "load_model", "save_model"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

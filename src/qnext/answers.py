@@ -4,12 +4,14 @@
 that never have to be taken back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs, Usage
-from qnext.text.parse import ReasoningParser, StopMatcher
+from qnext.text.calls.parts import Part, Piece, ToolCall, assemble
+from qnext.text.output import OutputParser, ToolFormat
+from qnext.text.parse import StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
 
 Message = Mapping[str, Any]
@@ -31,6 +33,8 @@ class Delta:
     text: str
     reasoning: str
     """The part inside the think block."""
+    parts: tuple[Part, ...] = ()
+    """``text`` and ``reasoning`` again, and the tool calls, in the order the model wrote them."""
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     """None until the last delta."""
@@ -46,6 +50,8 @@ class Completion:
     text: str
     reasoning: str | None
     """Text of the think block; None when the prompt was plain text or nothing was thought."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Complete calls; empty unless the request had tools. The finish reason is ``stop`` as well."""
     token_ids: tuple[int, ...]
     """Every generated id, the end-of-sequence token included."""
     finish_reason: FinishReason
@@ -85,8 +91,9 @@ class Score:
 
 
 class TextReader:
-    """Turns the events of one request into deltas: UTF-8, stop strings, the think block.
+    """Turns the events of one request into deltas: UTF-8, stop strings, think block, tool calls.
 
+    Calls are looked for when ``tool_format`` is given; ``tools`` are those of the request.
     ``push`` returns None when an event adds nothing visible yet. When a stop string matches,
     ``stopped`` turns true and the last delta says so; the caller then cancels the request.
     """
@@ -99,14 +106,24 @@ class TextReader:
         split_reasoning: bool,
         starts_in_reasoning: bool,
         conversation: Conversation | None = None,
+        tool_format: ToolFormat | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.request, self.conversation = request, conversation
-        self._settings = (tokenizer, split_reasoning, starts_in_reasoning)
+        self._settings: dict[str, Any] = {
+            "split_reasoning": split_reasoning, "starts_in_reasoning": starts_in_reasoning,
+            "conversation": conversation, "tool_format": tool_format, "tools": tools,
+        }  # fmt: skip
         self.stopped = False
-        self._texts = self._reasoning = ""
+        self._tokenizer = tokenizer
+        self._parts: list[Part] = []
         self._bytes = Detokenizer(tokenizer, skip_special=True)
         self._stop = StopMatcher(list(request.params.stop))
-        self._parser = ReasoningParser(starts_in_reasoning) if split_reasoning else None
+        self._splits = split_reasoning
+        self._parser = OutputParser(
+            starts_in_reasoning=starts_in_reasoning, split_reasoning=split_reasoning,
+            format=tool_format, tools=tools,
+        )  # fmt: skip
         self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
         self._thinking = starts_in_reasoning
         self._reasoning_tokens = 0
@@ -116,11 +133,7 @@ class TextReader:
 
     def alike(self, request: Request) -> "TextReader":
         """A reader of another answer to the same prompt."""
-        tokenizer, split, starts = self._settings
-        return TextReader(
-            tokenizer, request, split_reasoning=split, starts_in_reasoning=starts,
-            conversation=self.conversation,
-        )  # fmt: skip
+        return TextReader(self._tokenizer, request, **self._settings)
 
     def push(self, event: Event) -> Delta | None:
         """Feed one event; returns what has become final, or None."""
@@ -142,11 +155,15 @@ class TextReader:
             raw += emit + ("" if self.stopped else self._stop.finish())
         self._ended = ends or self.stopped
         self._used += used
-        text, reasoning = self._split(raw)
-        self._has_thought = self._has_thought or self._parser is None or bool(reasoning.strip())
+        parts = self._parser.push(raw)
+        if self._ended:
+            parts += self._parser.finish()
+        text, reasoning = _joined(parts, "content"), _joined(parts, "reasoning")
+        self._has_thought = self._has_thought or not self._splits or bool(reasoning.strip())
         delta = Delta(
             text=text,
             reasoning=reasoning,
+            parts=tuple(parts),
             token_ids=tuple(event.token_ids[:used]),
             finish_reason="stop" if self.stopped else event.finish_reason,
             usage=replace(
@@ -158,24 +175,21 @@ class TextReader:
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
         )
+        if self.request.watch is not None:
+            self.request.watch.tokens += delta.token_ids
         if self.conversation is not None:
-            self._texts += text
-            self._reasoning += reasoning
+            self._parts += parts
         return delta
 
-    def answer(self) -> Message:
+    def answer(self) -> dict[str, Any]:
         """The assistant's message so far, as it would stand in the conversation."""
-        message = {"role": "assistant", "content": self._texts}
-        return {**message, "reasoning_content": self._reasoning} if self._reasoning else message
-
-    def _split(self, raw: str) -> tuple[str, str]:
-        if self._parser is None:
-            return raw, ""
-        parts = self._parser.push(raw)
-        if self._ended:
-            parts = [*parts, *self._parser.finish()]
-        text = "".join(piece for kind, piece in parts if kind == "content")
-        return text, "".join(piece for kind, piece in parts if kind == "reasoning")
+        output = assemble(self._parts)
+        message: dict[str, Any] = {"role": "assistant", "content": output.content}
+        if output.reasoning:
+            message["reasoning_content"] = output.reasoning
+        if output.tool_calls:
+            message["tool_calls"] = [call.as_message() for call in output.tool_calls]
+        return message
 
     def _count_reasoning(self, token: int) -> None:
         opening, closing = self._think
@@ -185,3 +199,7 @@ class TextReader:
             self._thinking = True
         elif self._thinking:
             self._reasoning_tokens += 1
+
+
+def _joined(parts: Sequence[Part], kind: str) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Piece) and part.kind == kind)

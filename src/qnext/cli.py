@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnext import __version__
+from qnext import __version__, serve_command
 from qnext.errors import QnextError, RequestError
 
 if TYPE_CHECKING:
@@ -103,22 +103,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model and a chat page over HTTP."""
-    try:
-        from qnext.serve.server import listen, serve
-    except ModuleNotFoundError as error:
-        raise RequestError(
-            f"qnext serve needs the package {error.name}, which is not installed. Install it with "
-            "pip install 'qnext[serve]', or run `make serve`."
-        ) from error
-    # The port is taken before the model is loaded: a busy port is said at once.
-    with listen(arguments.host, arguments.port) as socket:
-        llm = _load(
-            arguments,
-            max_num_seqs=arguments.max_num_seqs,
-            max_batch_tokens=arguments.max_batch_tokens,
-            background_prefill=arguments.background_prefill,
-        )
-        return serve(llm, socket)
+    return serve_command.serve(arguments, _load)
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -213,9 +198,31 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Prepare training data."""
+    from qnext import data_command
+
+    return data_command.run(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Score a model."""
+    from qnext import eval_command
+
+    return eval_command.run(arguments)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run a training recipe, draw its curves, or export its model."""
+    from qnext import train_command
+
+    return train_command.train(arguments)
+
+
 COMMANDS = {
     "generate": generate, "chat": chat, "serve": serve, "info": info, "doctor": doctor,
     "cache": cache, "quantize": quantize, "synth": synth, "bench": bench,
+    "train": train, "data": data, "eval": evaluate,
 }  # fmt: skip
 
 
@@ -353,20 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = _command(commands, "serve", "serve a model and a chat page over HTTP")
     _add_loading(one)
-    one.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    one.add_argument("--port", type=_port, default=8000, help="0 chooses a free one (%(default)s)")
-    one.add_argument(
-        "--max-num-seqs", type=_positive, default=16, metavar="N",
-        help="requests that run at the same time (default: %(default)s)",
-    )  # fmt: skip
-    one.add_argument(
-        "--max-batch-tokens", type=_positive, default=2048, metavar="N",
-        help="tokens of one step, prompts and answers together (default: %(default)s)",
-    )  # fmt: skip
-    one.add_argument(
-        "--background-prefill", action=argparse.BooleanOptionalAction, default=True,
-        help="while nothing else is to do, prepare the next turn of conversations (default: yes)",
-    )  # fmt: skip
+    serve_command.add_options(one, _positive)
 
     one = _command(commands, "info", "what a model is made of and what it costs")
     _add_model(one, "model folder, config.json, or embedded name")
@@ -426,6 +420,11 @@ def build_parser() -> argparse.ArgumentParser:
     action.add_argument("folder", metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
 
+    from qnext import data_command, eval_command
+
+    data_command.add_parser(commands)
+    eval_command.add_parser(commands)
+
     one = _command(commands, "bench", "how fast this machine runs a model, and its limits")
     one.add_argument(
         "what", choices=("decode", "verify", "prefill", "batch", "kernels"),
@@ -434,9 +433,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(one, "model folder (packed or not) or embedded name")
     _add_bench(one)
 
+    one = _command(commands, "train", "run a training recipe, draw its curves, export its model")
+    _add_training(one)
+
     one = _command(commands, "doctor", "what this machine offers and what is in the way")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    from qnext.train_command import add_arguments
+
+    add_arguments(parser)
 
 
 def _command(commands: Any, name: str, help_text: str) -> argparse.ArgumentParser:
@@ -609,12 +617,6 @@ def _drafts(text: str) -> int | str:
         return text
     if not text.isdecimal() or int(text) > 4:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 4 or auto, found {text!r}")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, found {text!r}")
     return int(text)
 
 

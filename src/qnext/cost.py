@@ -220,6 +220,24 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     return each * tokens + attention_flops(config) * seen
 
 
+def training_flops(config: ModelConfig, lengths: Sequence[int], *, mtp_depths: int = 0) -> int:
+    """FLOPs of forward and backward over packed documents of these lengths.
+
+    Backward costs two forwards; attention is counted causally, experts as they are used, and what
+    checkpointing computes twice once. ``mtp_depths`` MTP passes come on top, each with the head.
+    """
+    forward = sum(prefill_flops(config, length) for length in lengths)
+    if mtp_depths:
+        layer = sum(2 * w.used * w.size for w in inventory(config) if w.component == MTP)
+        layer += 2 * config.vocab_size * config.hidden_size
+        pairs = 4 * config.num_attention_heads * config.head_dim
+        for depth in range(1, mtp_depths + 1):
+            for length in lengths:
+                rows = max(0, length - 1 - depth)
+                forward += layer * rows + pairs * (rows * (rows + 1) // 2)
+    return 3 * forward
+
+
 # -- bytes -------------------------------------------------------------------------------------
 
 

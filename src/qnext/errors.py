@@ -8,6 +8,8 @@
     +-- RequestError       a request is impossible: empty prompt, id out of range, context overflow
     +-- BackendError       a kernel backend was asked for and does not fit this machine
     +-- DataError          training or evaluation data cannot be used
+    +-- RecipeError        a training recipe is misspelt, contradicts itself, or does not fit
+    +-- TrainingError      a training run cannot go on: disk full, diverged, nothing to resume
 
 Each message is one to three sentences: what was expected, what was found, where, and what to do.
 The command line prints the message alone and exits with status 2; ``QNEXT_TRACEBACK=1`` shows the
@@ -45,3 +47,11 @@ class BackendError(QnextError):
 
 class DataError(QnextError):
     """Training or evaluation data cannot be used as given."""
+
+
+class RecipeError(QnextError):
+    """A training recipe is misspelt, contradicts itself, or does not fit its data or model."""
+
+
+class TrainingError(QnextError):
+    """A training run cannot start or go on; what was saved stays."""

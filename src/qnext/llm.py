@@ -22,15 +22,19 @@ from tqdm import tqdm
 from qnext import native
 from qnext.answers import Completion, Conversation, Delta, Message, Score, TextReader
 from qnext.engine.engine import Engine
+from qnext.engine.guide import Rules
 from qnext.engine.request import (
     FinishReason,
     Request,
     SamplingParams,
 )
 from qnext.engine.sizes import check_counts, parse_bytes
+from qnext.engine.watch import Watch
 from qnext.errors import ConfigError, RequestError, TokenizerError
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
+from qnext.rules import RuleBook, ToolUse
+from qnext.text.calls.parts import assemble
 from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
@@ -159,6 +163,10 @@ class LLM:
                 "max_model_len: %s tokens were asked for, the model's context holds %s; these "
                 "are used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
             )  # fmt: skip
+        self.rule_book = RuleBook(
+            tokenizer, template=template, eos_ids=self.eos_ids,
+            vocab_size=self.config.vocab_size,
+        )  # fmt: skip
         self._numbers = itertools.count()
         self._answered: deque[tuple[Conversation, Message]] = deque(
             maxlen=MAX_ANSWERED if background_prefill and self.engine.prefix.num_slots else 0
@@ -199,7 +207,25 @@ class LLM:
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        request = self._request(ids, params)
+        rules = None
+        if params.thinking_budget is not None or params.structured_outputs is not None:
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
+            rules = self.rule_book.rules(params, self.rule_book.regions(text, chat=False))
+        request = self._request(ids, params, rules=rules)
+        return request, TextReader(
+            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+        )
+
+    def prepare_score(
+        self, prompt: str | Sequence[int], *, top: int = 0, watch: Watch | None = None
+    ) -> tuple[Request, TextReader]:
+        """A request that says how likely a text is, with ``top`` alternatives of every token.
+
+        They are the ``prompt_logprobs`` of its last delta; ``watch`` also records the routing.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=top)
+        request = replace(self._request(ids, params, score_only=True), watch=watch)
         return request, TextReader(
             self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
         )
@@ -211,9 +237,17 @@ class LLM:
         *,
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
+        parse_tools: bool = True,
     ) -> tuple[Request, TextReader]:
-        """A request that answers a conversation through the checkpoint's chat template."""
+        """A request that answers a conversation through the checkpoint's chat template.
+
+        The parameters are those of ``chat``; ``template_options`` go to the template as they are.
+        ``parse_tools`` False leaves tool calls in the text, where the request forbids them.
+        """
         options = {**(template_options or {}), "tools": tools}
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
@@ -222,13 +256,19 @@ class LLM:
         prompt = self.template.render(messages, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
         places = message_places(self.tokenizer, ids)
-        request = self._request(ids, params, hints=hints, places=places)
+        use = ToolUse(
+            tools=tools or (), choice=tool_choice, parallel=parallel_tool_calls, strict=strict
+        )
+        rules = self.rule_book.rules(params, self.rule_book.regions(prompt, chat=True), use)
+        request = self._request(ids, params, hints=hints, places=places, rules=rules)
         return request, TextReader(
             self.tokenizer,
             request,
             split_reasoning=True,
             starts_in_reasoning=opens_thinking(prompt),
             conversation=Conversation(messages=tuple(messages), options=options),
+            tool_format=self.template.tool_format if tools and parse_tools else None,
+            tools=tools,
         )
 
     def _request(
@@ -238,6 +278,7 @@ class LLM:
         *,
         hints: tuple[tuple[int, str], ...] = (),
         places: tuple[tuple[int, str], ...] = (),
+        rules: Rules | None = None,
         score_only: bool = False,
     ) -> Request:
         return Request(
@@ -248,6 +289,7 @@ class LLM:
             bad_ids=self._bad_ids(params.bad_words),
             hints=hints,
             places=places,
+            rules=rules,
             score_only=score_only,
         )
 
@@ -275,7 +317,7 @@ class LLM:
         """
         several = _several(prompts)
         prepared = [
-            self._choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
+            self.choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
         if progress is None:
@@ -289,15 +331,9 @@ class LLM:
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
         several = _several(prompts)
-        params = SamplingParams(temperature=0.0, prompt_logprobs=0)
         pairs = []
         for prompt in several:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            request = self._request(ids, params, score_only=True)
-            reader = TextReader(
-                self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
-            )
-            pairs.append((request, reader))
+            pairs.append(self.prepare_score(prompt))
         scores = []
         with self._submitted(pairs) as names:
             for (request, _), name in zip(pairs, names, strict=True):
@@ -313,11 +349,29 @@ class LLM:
         *,
         enable_thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
     ) -> Completion:
-        """Answer a conversation: messages are dicts with ``role`` and ``content``."""
+        """Answer a conversation: messages are dicts with ``role`` and ``content``.
+
+        ``tools`` are functions as OpenAI lists them. ``tool_choice`` is "auto", "none", "required"
+        (at least one call) or ``{"name": ...}`` (that function). ``parallel_tool_calls=False``
+        allows one call. ``strict`` binds arguments to the tools' schemas; None leaves that to each
+        function's own ``strict``, and binds those of a required call. Raises RequestError for what
+        cannot be enforced, before anything is generated.
+        """
         params = params or self.default_params(max_tokens=None)
-        pairs = self._choices(
-            *self.prepare_chat(messages, params, enable_thinking=enable_thinking, tools=tools)
+        pairs = self.choices(
+            *self.prepare_chat(
+                messages,
+                params,
+                enable_thinking=enable_thinking,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                strict=strict,
+            )
         )
         with self._submitted(pairs) as names:
             return self._gather(names, thinks=True)
@@ -328,6 +382,10 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
     ) -> "Stream":
         """Like ``generate`` (for a string) or ``chat`` (for messages), piece by piece.
 
@@ -339,10 +397,13 @@ class LLM:
         if isinstance(prompt, str):
             pair = self.prepare_text(prompt, params)
         else:
-            pair = self.prepare_chat(prompt, params, enable_thinking=enable_thinking)
+            pair = self.prepare_chat(
+                prompt, params, enable_thinking=enable_thinking, tools=tools,
+                tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, strict=strict,
+            )  # fmt: skip
         return Stream(self, self._submit(*pair))
 
-    def _choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
+    def choices(self, request: Request, reader: TextReader) -> list[tuple[Request, TextReader]]:
         """The ``n`` answers to one prompt, which is run once for all of them."""
         pairs = [(request, reader)]
         if request.params.n > 1:
@@ -428,7 +489,8 @@ class LLM:
         ``chat`` and ``stream`` do this themselves; it is for those that step the engine.
         """
         answer = reader.answer()
-        is_over = reason != "cancelled" and TOOL_OPEN not in answer["content"]
+        calls = answer.get("tool_calls") or TOOL_OPEN in answer["content"]
+        is_over = reason != "cancelled" and not calls
         if reader.conversation is not None and is_over and reader.request.choice == 0:
             self._answered.append((reader.conversation, answer))
 
@@ -512,6 +574,7 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
     return Completion(
         text="".join(piece.text for piece in pieces),
         reasoning=reasoning if thinks and reasoning else None,
+        tool_calls=assemble(part for piece in pieces for part in piece.parts).tool_calls,
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         finish_reason=last.finish_reason,
         usage=last.usage,

@@ -20,12 +20,13 @@ from recipes.mini import (
     optim,
     smalltalk,
     sources,
-    stories,
+    story_chats,
     tokenizer,
     train,
 )
 
 from qnext.config import ModelConfig
+from qnext.data.generate import stories
 from qnext.errors import DataError
 from qnext.model.model import CausalLM, initialise
 from qnext.ops import Segments, select
@@ -84,7 +85,7 @@ def template():
 
 def some_chats() -> list[chats.Chat]:
     rng = Random(5)
-    makers = (arithmetic.arithmetic_chat, smalltalk.smalltalk_chat, stories.story_chat)
+    makers = (arithmetic.arithmetic_chat, smalltalk.smalltalk_chat, story_chats.story_chat)
     return [make(rng) for make in makers for _ in range(60)]
 
 
@@ -172,7 +173,7 @@ def test_every_turn_is_judged_in_pretraining_but_not_the_headers(coder):
 
 @pytest.mark.parametrize(
     "make",
-    [arithmetic.arithmetic_chat, smalltalk.smalltalk_chat, stories.story_chat],
+    [arithmetic.arithmetic_chat, smalltalk.smalltalk_chat, story_chats.story_chat],
     ids=lambda make: make.__name__,
 )
 def test_generators_repeat_with_the_same_seed(make):

@@ -7,6 +7,7 @@ import pytest
 from live_server import Live, running
 
 from qnext import LLM
+from qnext.serve.app import Limits
 
 # Ends in an open think block, so that answers begin as reasoning.
 THINKING_TEMPLATE = (
@@ -26,7 +27,7 @@ def alone(tiny_folder) -> LLM:
 def live(tiny_folder) -> Iterator[Live]:
     """A server of the tiny model, with room for eight requests at a time."""
     with running(
-        LLM(tiny_folder, max_num_seqs=8, backend="torch"), max_body_bytes=100_000
+        LLM(tiny_folder, max_num_seqs=8, backend="torch"), limits=Limits(max_body_bytes=100_000)
     ) as found:
         yield found
 

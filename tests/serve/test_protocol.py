@@ -1,5 +1,6 @@
 """What the server refuses, in OpenAI's shape and naming the place; and what the page may do."""
 
+import json
 import re
 import signal
 import subprocess
@@ -13,15 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qnext.serve
-from qnext.serve.protocol import (
-    IGNORED,
-    REFUSED,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Sampling,
-    read_body,
-)
+from qnext.serve.api.chat import ChatRequest
+from qnext.serve.api.completions import CompletionRequest
+from qnext.serve.reading import read_body
+from qnext.serve.refusals import ApiError
 from qnext.serve.server import address, banner, listen
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -39,13 +35,14 @@ REFUSALS = [
     ({"messages": []}, "messages", "messages: expected at least one message"),
     ({"messages": ["hi"]}, "messages[0]", "messages[0]: expected object, got str."),
     ({"messages": [*HELLO, *HELLO, {"role": "user", "content": 3}]}, "messages[2].content",
-     "messages[2].content: expected str, got int."),
+     "messages[2].content: expected str | array | null, got int."),
     ({"messages": [{"role": "user"}]}, "messages[0].content",
      "messages[0].content: expected str, got None."),
     ({"messages": [{"content": "hi"}]}, "messages[0].role",
-     "messages[0].role: expected a non-empty str, got None."),
+     "messages[0].role: required and missing."),
     ({"messages": [{"role": "king", "content": "hi"}]}, "messages[0].role",
-     "messages[0].role: expected one of system, developer, user, assistant, tool, got 'king'."),
+     "messages[0].role: expected one of 'assistant', 'developer', 'system', 'tool', 'user', "
+     "got 'king'."),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
      "messages[0].content[0].type", "expected 'text', got 'image_url'"),
     (hello(temperature="hot"), "temperature", "temperature: expected float | null, got str."),
@@ -64,19 +61,24 @@ REFUSALS = [
     (hello(logit_bias={"fox": 1}), "logit_bias", "expected token ids as keys, got 'fox'"),
     (hello(logit_bias={"1": 101}), "logit_bias", "expected values from -100 to 100, got 101"),
     (hello(logit_bias={"999999": 1}), None, "id 999999 is outside the vocabulary"),
-    (hello(n=2), "n", "n: not supported by this server; leave it out (or send null or 1)."),
+    (hello(n=0), "n", "n: expected at least 1 and at most 128, found 0."),
+    (hello(top_logprobs=2), "top_logprobs", "top_logprobs: needs logprobs: true."),
+    (hello(logprobs=True, top_logprobs=21), "top_logprobs", "expected 0 to 20, found 21"),
     (hello(tools=[{"type": "function"}]), "tools", "tools: not supported"),
     (hello(tool_choice="required"), "tool_choice", "tool_choice: not supported"),
     (hello(response_format={"type": "json_object"}), "response_format",
      "response_format: not supported"),
-    (hello(logprobs=True), "logprobs", "logprobs: not supported"),
     (hello(reasoning_effort="low"), "reasoning_effort", "reasoning_effort: not supported"),
     (hello(temprature=1), "temprature", "temprature: unknown field. Did you mean temperature?"),
     (hello(xyzzy=1), "xyzzy", "xyzzy: unknown field."),
     (hello(chat_template_kwargs={"enable_thinking": "yes"}),
-     "chat_template_kwargs.enable_thinking", "expected bool | null, got str."),
+     "chat_template_kwargs.enable_thinking", "expected bool, got str."),
     (hello(chat_template_kwargs={"messages": []}), "chat_template_kwargs.messages",
-     "chat_template_kwargs.messages: unknown field."),
+     "chat_template_kwargs.messages: is not an option of the template"),
+    (hello(enable_thinking=True, chat_template_kwargs={"enable_thinking": False}),
+     "enable_thinking", "contradicts chat_template_kwargs.enable_thinking"),
+    (hello(continue_final_message=True), "continue_final_message",
+     "messages[0].role: expected assistant, got 'user'"),
     ({"messages": [{"role": "user", "content": "word " * 900}]}, None, "the context holds 512"),
 ]  # fmt: skip
 
@@ -105,12 +107,15 @@ def test_a_prompt_that_does_not_fit_has_the_code_clients_look_for(live) -> None:
         ({}, "prompt: required and missing."),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": []}, "the prompt is empty"),
-        ({"prompt": ["a", "b"]}, "prompt: expected one text per request, got 2."),
-        ({"prompt": [1, "a"]}, "prompt: expected str, a list of one str, or a list of token ids."),
-        ({"prompt": [True]}, "prompt: expected str, a list of one str, or a list of token ids."),
+        ({"prompt": ["a"] * 65}, "prompt: expected at most 64 prompts, got 65."),
+        ({"prompt": ["a", ""]}, "the prompt is empty"),
+        ({"prompt": [1, "a"]}, "prompt: expected str, a list of str, a list of token ids, or"),
+        ({"prompt": [True]}, "prompt[0]: expected int | str | array, got bool."),
+        ({"prompt": "x", "best_of": 3}, "best_of: 3 asks for more answers than n (1)"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs: expected at least 0 and at most 20"),
         ({"prompt": [5, 70000]}, "prompt token 1: id 70000 is outside the vocabulary"),
         ({"prompt": "x", "messages": []}, "messages: unknown field."),
-        ({"prompt": "x", "echo": True}, "echo: not supported"),
+        ({"prompt": "x", "suffix": "y"}, "suffix: not supported"),
     ],
 )
 def test_a_bad_completion_is_refused(body, message, live) -> None:
@@ -306,22 +311,10 @@ def test_the_command_serves_until_it_is_interrupted(tiny_folder) -> None:
     assert answer.status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert process.stderr.read().count("\n") == 1, "the sentence about the missing template"
+    template, request = (json.loads(line) for line in process.stderr)
+    assert "no chat template" in template["message"]
+    assert (request["path"], request["status"]) == (CHAT, 200)
+    assert request["completion_tokens"] == 3
+    assert "hi" not in request.values()
     process.stdout.close()
     process.stderr.close()
-
-
-def test_the_document_names_every_field_with_its_kind() -> None:
-    document = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
-    rows = dict(re.findall(r"^\| ([\w ,]+?) \| (.+) \|$", document.read_text(), re.MULTILINE))
-    shared = set(Sampling.__struct_fields__)
-    kinds = {
-        "supported, both routes": shared,
-        "supported, chat": set(ChatRequest.__struct_fields__) - shared,
-        "supported, completions": set(CompletionRequest.__struct_fields__) - shared,
-        "ignored": set(IGNORED),
-        "refused": set(REFUSED),
-    }
-    for kind, fields in kinds.items():
-        named = {name.partition(".")[0] for name in re.findall(r"`([a-z_.]+)`", rows[kind])}
-        assert named == fields, kind

@@ -24,16 +24,27 @@ from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
 from qnext.engine.drafting import draft_ahead, read_up
+from qnext.engine.guide import Guide
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
-from qnext.engine.request import Event, FinishReason, Request, Usage
-from qnext.engine.runner import Runner, Work
+from qnext.engine.request import Event, FinishReason, Request
+from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
+from qnext.engine.telling import (
+    force,
+    is_untold,
+    known_rows,
+    note_forced,
+    step_on,
+    stop_ids,
+    tell,
+    usage_of,
+)
 from qnext.engine.tier import DiskTier
 from qnext.engine.ties import tie_bound
 from qnext.engine.worth import PrefillTime
@@ -275,6 +286,10 @@ class Engine:
         if seed is None:
             seed = secrets.randbits(63)
         sequence = self.scheduler.add(request, choice_seed(seed, request.choice))
+        if request.rules is not None and not request.score_only:
+            sequence.guide = Guide(request.rules)
+            force(sequence)
+            sequence.lead = len(sequence.output_ids)
         self._sequences[request.id] = sequence
         self.background.overtaken(request.prompt_ids)
 
@@ -325,14 +340,19 @@ class Engine:
         drafted = {len(item.sequence.drafts) for item in items}
         works = [self._work(item) for item in items]
         logits = self.runner.forward(works)
+        self._watch_routes(items, works)
         rows: list[SampleRow] = []
         wanted: list[int] = []
         spans: list[tuple[int, int]] = []
+        known: list[tuple[int, int]] = []
         twins: list[tuple[Running, Running, int]] = []
         at = 0
         for item, work in zip(items, works, strict=True):
             sequence, first = item.sequence, len(rows)
             last = at + len(work.rows)
+            forced = known_rows(sequence, item.count)
+            before = forced.start if len(work.rows) == item.count else 0
+            known.append((at + before, at + before + len(forced)))
             if self._samples(item):
                 new = 1 + len(sequence.drafts)
                 for i in range(new):
@@ -365,7 +385,8 @@ class Engine:
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
         self._score_prompts(items, works, logits)
-        events = self._advance(items, counts, outcomes, chosen, spans)
+        forced_logits = [logits[first:end] for first, end in known]
+        events = self._advance(items, counts, outcomes, chosen, spans, forced_logits)
         events += self._begin_twins(twins, tokens, rivals, chosen)
         seconds = self._clock() - started
         if not decoding:
@@ -391,10 +412,10 @@ class Engine:
         ids = [*known, *drafts][: item.count]
         if sequence.scores_prompt:
             rows = range(item.count)
-        elif not self._samples(item):
-            rows = range(0)
         else:
-            rows = range(item.count - 1 - len(drafts), item.count)
+            rows = [*known_rows(sequence, item.count)]
+            if self._samples(item):
+                rows += range(item.count - 1 - len(drafts), item.count)
         return Work(
             slot=sequence.slot,
             pages=sequence.pages,
@@ -403,13 +424,14 @@ class Engine:
             rows=rows,
             speculative=bool(drafts),
             captures=[(length - start, slot) for length, _, slot in item.captures],
+            wants_routes=sequence.request.score_only and sequence.request.watch is not None,
         )
 
     def _samples(self, item: Item) -> bool:
         """Whether this step reaches the newest known token, so that a next one can be chosen."""
         sequence = item.sequence
         reaches = sequence.done + item.count - len(sequence.drafts) == sequence.length
-        return reaches and not sequence.request.score_only
+        return reaches and sequence.ends is None and not sequence.request.score_only
 
     def _row(self, sequence: Running, drafts: Sequence[int]) -> SampleRow:
         request = sequence.request
@@ -419,8 +441,9 @@ class Engine:
             index=len(sequence.output_ids) + len(drafts),
             prompt_ids=request.prompt_ids,
             counts=sequence.counts,
-            stop_ids=_stop_ids(request),
+            stop_ids=stop_ids(request),
             bad_words=request.bad_ids,
+            mask=sequence.guide.mask(drafts) if sequence.guide else None,
         )
         if drafts and (request.params.presence_penalty or request.params.frequency_penalty
                        or request.params.repetition_penalty != 1.0):  # fmt: skip
@@ -443,18 +466,22 @@ class Engine:
         drafted, accepted = len(sequence.drafts), len(emitted) - 1
         self.policy.note(sequence.request.id, drafted, accepted)
         sequence.drafted += drafted
-        stops = _stop_ids(sequence.request)
-        room = sequence.max_tokens - len(sequence.output_ids)
         reason: FinishReason | None = None
+        sure = 0
         for i, token in enumerate(emitted):
-            if token in stops:
-                reason = "stop"
-            elif i + 1 == room:
-                reason = "length"
-            if reason is not None:
+            if sequence.guide and sequence.guide.has_no_choice:
+                # It counts as forced, however it was found.
+                sequence.forced += 1
+                sure += i < accepted
+            reason = step_on(sequence, token, after=len(sequence.output_ids) + i + 1)
+            if reason is not None or (sequence.guide and sequence.guide.is_due):
                 del emitted[i + 1 :]
                 break
-        sequence.accepted += min(accepted, len(emitted))
+        sequence.drafted -= sure
+        sequence.accepted += min(accepted, len(emitted)) - sure
+        if sequence.request.watch is not None:
+            first = len(sequence.output_ids)
+            sequence.request.watch.note_drafts(first, sequence.drafts, len(emitted))
         return emitted, reason
 
     def _advance(
@@ -464,14 +491,16 @@ class Engine:
         outcomes: Sequence[tuple[list[int], FinishReason | None]],
         chosen: Tensor,
         spans: Sequence[tuple[int, int]],
+        forced_logits: Sequence[Tensor],
     ) -> list[tuple[Event, Running]]:
         """Move every sequence forward by what was kept, and say what it got.
 
-        ``chosen`` [R, V] are the rows that were sampled from, ``spans`` those of each item.
+        ``chosen`` [R, V] are the rows that were sampled from, ``spans`` those of each item;
+        ``forced_logits`` [n, V] are the rows before its forced tokens.
         """
         events = []
-        for item, count, (emitted, reason), (first, _) in zip(
-            items, counts, outcomes, spans, strict=True
+        for item, count, (emitted, reason), (first, _), before in zip(
+            items, counts, outcomes, spans, forced_logits, strict=True
         ):
             sequence = item.sequence
             sequence.done += count
@@ -479,7 +508,8 @@ class Engine:
             sequence.drafts.clear()
             if sequence.request.score_only and sequence.done == sequence.length:
                 reason = "length"
-            if emitted or reason is not None:
+            note_forced(sequence, before)
+            if emitted or reason is not None or is_untold(sequence):
                 own = chosen[first : first + len(emitted)]
                 events.append((self._tell(sequence, emitted, reason, own), sequence))
         return events
@@ -492,23 +522,10 @@ class Engine:
         chosen: Tensor,
     ) -> Event:
         """Add tokens to an answer; ``chosen`` [n, V] are the logits they were sampled from."""
-        sequence.output_ids.extend(emitted)
-        sequence.counts.update(emitted)
-        logprobs = ()
         top = sequence.request.params.logprobs
         if top is not None and emitted:
-            logprobs = tuple(logprobs_of(chosen, emitted, [top] * len(emitted)))
-        scored = tuple(sequence.prompt_logprobs)
-        if len(sequence.output_ids) > len(emitted):
-            scored = ()
-        return Event(
-            request_id=sequence.request.id,
-            token_ids=tuple(emitted),
-            finish_reason=reason,
-            usage=_usage(sequence),
-            logprobs=logprobs,
-            prompt_logprobs=scored,
-        )
+            sequence.untold += logprobs_of(chosen, emitted, [top] * len(emitted))
+        return tell(sequence, emitted, reason)
 
     # -- several answers to one prompt -----------------------------------------------------------
 
@@ -527,6 +544,7 @@ class Engine:
         events = []
         for source, twin, row in twins:
             twin.prompt_logprobs = list(source.prompt_logprobs)
+            twin.untold = list(source.lead_logprobs)
             twin.report = source.report
             if source.report is not None:
                 self.scheduler.log.add(twin.request.id, source.report, counted=False)
@@ -559,6 +577,18 @@ class Engine:
                 sequence.prompt_logprobs += logprobs_of(own, targets, [top] * len(targets))
             at += rows
 
+    def _watch_routes(self, items: Sequence[Item], works: Sequence[Work]) -> None:
+        """Hand the experts that ran to those who watch."""
+        routes = self.runner.routes if wants_routes(works) else None
+        if routes is None:
+            return
+        at = 0
+        for item, work in zip(items, works, strict=True):
+            watch = item.sequence.request.watch
+            if watch is not None and work.wants_routes:
+                watch.note_routes(work.start, routes[at : at + len(work.ids)])
+            at += len(work.ids)
+
     # -- drafts and snapshots --------------------------------------------------------------------
 
     def _draft(self, sequences: Sequence[Running]) -> None:
@@ -583,7 +613,8 @@ class Engine:
             defined_ids=self.defined_ids,
         )  # fmt: skip
         for sequence, tokens in zip(reading, proposals, strict=True):
-            sequence.drafts.extend(tokens)
+            guide = sequence.guide
+            sequence.drafts.extend(tokens if guide is None else tokens[: guide.valid(tokens)])
         if len(decoding) == len(reading) and set(counts.values()) == {k}:
             self.policy.drafted(len(decoding), k, self._clock() - started)
 
@@ -617,7 +648,7 @@ class Engine:
             request_id=sequence.request.id,
             token_ids=(),
             finish_reason=reason,
-            usage=_usage(sequence),
+            usage=usage_of(sequence),
         )
         self._end_quietly(sequence)
         return event
@@ -641,23 +672,6 @@ def choice_seed(seed: int, choice: int) -> int:
         return seed & ((1 << 64) - 1)
     text = f"{seed}:{choice}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _usage(sequence: Running) -> Usage:
-    return Usage(
-        prompt_tokens=len(sequence.request.prompt_ids),
-        completion_tokens=len(sequence.output_ids),
-        cached_tokens=sequence.report.cached if sequence.report else 0,
-        cache=sequence.report,
-        drafted_tokens=sequence.drafted,
-        accepted_tokens=sequence.accepted,
-        near_ties=sequence.near_ties,
-    )
-
-
-def _stop_ids(request: Request) -> tuple[int, ...]:
-    eos = () if request.params.ignore_eos else request.eos_ids
-    return (*eos, *request.params.stop_token_ids)
 
 
 def _draft_setting(setting: int | str, *, has_head: bool) -> int | str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.engine.runner import MtpWork, Runner, Work, wants_routes
 from qnext.model.native import DeferredCache, NativeModel, Piece
 
 _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
@@ -65,6 +65,11 @@ class NativeRunner(Runner):
         rows = [starts[b] + row for b, work in enumerate(works) for row in work.rows]
         hidden = np.empty((starts[-1], self.native.config.hidden_size), dtype=np.float32)
         logits = np.empty((len(rows), self.native.config.vocab_size), dtype=np.float32)
+        config = self.native.config
+        sparse = sum(map(config.is_sparse, range(config.num_hidden_layers)))
+        routes = None
+        if sparse and wants_routes(works):
+            routes = np.empty((sparse, starts[-1], config.num_experts_per_tok), dtype=np.int32)
         cache.decoder.forward(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
@@ -74,7 +79,9 @@ class NativeRunner(Runner):
             logit_rows=np.array(rows, dtype=np.int32),
             logits=logits,
             invariant=self.native.invariant,
+            **({} if routes is None else {"routes": routes}),
         )
+        self.routes = None if routes is None else routes.swapaxes(0, 1)
         # Arrays, because handing tensors to the kernels costs several times as much.
         rows_PD = torch.from_numpy(hidden)
         cache.remember(rows_PD, captures)

@@ -9,9 +9,38 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qnext.engine.explain import CacheReport
+from qnext.engine.guide import Rules
+from qnext.engine.watch import Watch
 from qnext.errors import RequestError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""An end token or a complete form; a limit; the caller; a grammar that became too complex."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputs:
+    """The form of an answer; exactly one of these. RequestError for none or several."""
+
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    """JSON that this schema accepts; an object, or its JSON text."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    """Text that this regular expression matches as a whole."""
+    choice: Sequence[str] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """Text of this grammar, in llguidance's dialect of Lark."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json_schema", "regex", "choice", "grammar")
+                 if getattr(self, name) is not None]  # fmt: skip
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            raise RequestError(
+                "structured_outputs: expected one of json_schema, json_object, regex, choice and "
+                f"grammar, found {' and '.join(given) or 'none'}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +83,26 @@ class SamplingParams:
     """The same for the tokens of the prompt; its positions are then computed, never reused."""
     n: int = 1
     """Answers to the same prompt; answer c uses the seed (seed, c)."""
+    thinking_budget: int | None = None
+    """Most tokens of reasoning that are sampled; then a sentence and ``</think>`` are inserted and
+    the answer goes on. 0 ends the reasoning before it begins. None sets no limit."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the answer, from behind the reasoning to its end."""
 
     def __post_init__(self) -> None:
+        if self.thinking_budget is not None:
+            if type(self.thinking_budget) is not int:
+                raise RequestError(
+                    f"thinking_budget: expected a whole number, found {self.thinking_budget!r}."
+                )
+            self._check("thinking_budget", self.thinking_budget, 0, None)
+        if self.structured_outputs is not None and not isinstance(
+            self.structured_outputs, StructuredOutputs
+        ):
+            raise RequestError(
+                "structured_outputs: expected StructuredOutputs(json_schema=..., regex=..., "
+                f"choice=..., grammar=... or json_object=True), found {self.structured_outputs!r}."
+            )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if isinstance(self.bad_words, str):
@@ -124,6 +171,10 @@ class Request:
     """(tokens, why) of prompt lengths where a later prompt is likely to part from this one."""
     places: tuple[tuple[int, str], ...] = ()
     """(first token, name) of the parts of a conversation, for explanations."""
+    rules: Rules | None = None
+    """What ``thinking_budget``, ``structured_outputs`` and tools ask of the answer."""
+    watch: Watch | None = None
+    """Where to record drafts and routing, if anywhere."""
     score_only: bool = False
     """Report the log-probabilities of the prompt and generate nothing."""
 

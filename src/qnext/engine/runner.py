@@ -7,12 +7,13 @@ runs it, and keeps the hidden rows that the multi-token-prediction head still ha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qnext.model.batch import TokenBatch
 from qnext.model.cache import HybridCache, Rollback
-from qnext.model.model import CausalLM
+from qnext.model.model import CausalLM, Taps
 from qnext.model.view import Capture
 from qnext.ops import Segments
 
@@ -32,6 +33,8 @@ class Work:
     """Whether some of the tokens may be dropped again."""
     captures: Sequence[tuple[int, int]] = ()
     """(count, slot): copy the state after ``count`` new tokens to that slot."""
+    wants_routes: bool = False
+    """Whether the step is to say which experts ran."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +82,9 @@ class Runner:
 
     def _set_up(self, cache: HybridCache, *, track_mtp: bool) -> None:
         self.cache, self.track_mtp = cache, track_mtp
+        self.routes: np.ndarray | None = None
+        """Experts [P, L, X] of the last step, int32, if one of its works wanted them: for each
+        sparse layer those that ran, the one with the largest weight first."""
         self._works: Sequence[Work] = ()
         self._hidden: Tensor | None = None
         self._step_rows = 0
@@ -161,7 +167,13 @@ class Runner:
             ],
         )
         self._works = works
-        self._hidden = self.model.run(batch, view)
+        taps = Taps(want_router_logits=True) if wants_routes(works) else None
+        self._hidden = self.model.run(batch, view, taps=taps)
+        self.routes = None
+        if taps is not None and taps.router_logits:
+            most = self.model.config.num_experts_per_tok
+            chosen = [logits_PE.topk(most, dim=-1).indices for logits_PE in taps.router_logits]
+            self.routes = torch.stack(chosen, dim=1).to(torch.int32).cpu().numpy()
         rows = [
             first + row
             for first, work in zip(segments.starts, works, strict=False)
@@ -243,3 +255,8 @@ class Runner:
             [[*work.pages, *[0] * (widest - len(work.pages))] for work in works],
             device=self.model.device,
         )
+
+
+def wants_routes(works: Sequence[Work]) -> bool:
+    """Whether a step of these works is to say which experts ran."""
+    return any(work.wants_routes for work in works)

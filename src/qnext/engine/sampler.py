@@ -5,8 +5,9 @@ function of (seed, output index, token id) and of nothing else, so a seeded requ
 tokens in any batch and in any order of steps; temperature 0 is the same rule without noise. A
 draft is sampled with the very noise of the position it is for, and is accepted only when it equals
 what the model itself samples there: sharing noise is right for that rule and for no other.
-Order: bias -> bans -> penalties -> temperature -> min_p -> top_k -> top_p -> noise -> largest.
-Of equal scores the lower id wins.
+Order: mask -> bias -> bans -> penalties -> temperature -> min_p -> top_k -> top_p -> noise ->
+largest. Of equal scores the lower id wins. Where bans leave nothing of what a mask allows, they
+give way: a grammar that goes on with one token only goes on with that.
 """
 
 from collections import Counter
@@ -48,13 +49,17 @@ class SampleRow:
     """Tokens that may not be chosen before ``min_tokens``."""
     bad_words: Sequence[tuple[int, ...]] = ()
     """Token sequences that may not be completed."""
+    mask: np.ndarray | None = None
+    """The tokens that may be chosen: uint32 words, token t is bit t % 32 of word t // 32, tokens
+    beyond the last word may not. At least one is allowed. None allows every token."""
 
     @property
     def is_adjusted(self) -> bool:
         """Whether anything but temperature and filters touches the logits."""
         p = self.params
         return bool(
-            p.logit_bias
+            self.mask is not None
+            or p.logit_bias
             or self.bad_words
             or p.repetition_penalty != 1.0
             or ((p.presence_penalty or p.frequency_penalty) and self.counts)
@@ -161,21 +166,30 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> l
     return found
 
 
+def allowed(mask: np.ndarray, width: int) -> np.ndarray:
+    """The bits of a mask as bool [width]."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:width]
+    return np.pad(bits, (0, width - len(bits))).view(np.bool_)
+
+
 def _adjust(scores_V: Tensor, row: SampleRow) -> None:
-    """Bias, bans and penalties, in place."""
-    params = row.params
+    """Mask, bias, bans and penalties, in place."""
+    params, width = row.params, scores_V.shape[0]
+    if row.mask is not None:
+        forbidden_V = torch.from_numpy(~allowed(row.mask, width)).to(scores_V.device)
+        scores_V.masked_fill_(forbidden_V, float("-inf"))
     for token, bias in params.logit_bias.items():
-        if token < scores_V.shape[0]:
+        if token < width:
             scores_V[token] += bias
-    for word in row.bad_words:
-        *before, last = word
-        recent = row.recent[len(row.recent) - len(before) :] if before else ()
-        if list(recent) == before and last < scores_V.shape[0]:
-            scores_V[last] = float("-inf")
-    if row.index < params.min_tokens and row.stop_ids:
-        scores_V[[token for token in row.stop_ids if token < scores_V.shape[0]]] = float("-inf")
+    banned = [token for token in _banned(row) if token < width]
+    if banned:
+        before = scores_V[banned]
+        scores_V[banned] = float("-inf")
+        if row.mask is not None and not bool((scores_V > float("-inf")).any()):
+            scores_V[banned] = before
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.counts}), device=scores_V.device)
+        seen = sorted({*row.prompt_ids, *row.counts})
+        seen = torch.tensor(seen, dtype=torch.long, device=scores_V.device)
         seen = seen[seen < scores_V.shape[0]]
         values = scores_V[seen]
         scale = params.repetition_penalty
@@ -184,6 +198,16 @@ def _adjust(scores_V: Tensor, row: SampleRow) -> None:
         tokens = torch.tensor(list(row.counts), device=scores_V.device)
         counts = torch.tensor(list(row.counts.values()), device=scores_V.device).float()
         scores_V[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _banned(row: SampleRow) -> list[int]:
+    """Tokens that would complete a bad word, or end the answer too early."""
+    found = list(row.stop_ids) if row.index < row.params.min_tokens else []
+    for *before, last in row.bad_words:
+        recent = row.recent[len(row.recent) - len(before) :] if before else ()
+        if list(recent) == before:
+            found.append(last)
+    return found
 
 
 def _is_narrow(row: SampleRow, width: int) -> bool:
@@ -205,7 +229,8 @@ def _sample_narrow(
     ids, by_id = ids.sort(dim=-1)
     values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(1, by_value)
-    tied = (values.gather(1, k_R1 - 1) == values.gather(1, k_R1))[:, 0].tolist()
+    lowest_R1 = values.gather(1, k_R1 - 1)
+    tied = ((lowest_R1 == values.gather(1, k_R1)) & lowest_R1.isfinite())[:, 0].tolist()
     temperature_R1 = torch.tensor([[row.params.temperature] for row in some], device=device)
     top_R1, values = values[:, :1], values / temperature_R1
     noise = gumbel_noise(

@@ -20,8 +20,9 @@ from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
+from qnext.engine.guide import Guide
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
-from qnext.engine.request import Request, TokenLogprobs
+from qnext.engine.request import FinishReason, Request, TokenLogprobs
 from qnext.engine.tier import Fetched
 from qnext.errors import RequestError
 
@@ -93,6 +94,19 @@ class Sequence:
     fetched: Fetched | None = None
     """What a look at the disk for its prompt has come to; None before there was one."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    guide: Guide | None = None
+    """What its rules allow next; None for a request without rules."""
+    told: int = 0
+    """Tokens of the output that events have told of."""
+    lead: int = 0
+    """Tokens of the output that were forced before anything was sampled."""
+    forced: int = 0
+    """Tokens of the output that were not sampled."""
+    ends: FinishReason | None = None
+    """Why it ends with the last token of its output, once that has been told."""
+    untold: list[TokenLogprobs] = field(default_factory=list)
+    """Log-probabilities of tokens not told of yet."""
+    lead_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -100,10 +114,16 @@ class Sequence:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     @property
+    def settled(self) -> int:
+        """Tokens behind which it may go on: what follows is forced, and not told of yet."""
+        return len(self.request.prompt_ids) + self.told
+
+    @property
     def family(self) -> tuple[object, ...] | None:
         """What it shares with requests that can go on from its prompt; None once it answers."""
         request = self.request
-        if not request.group or self.output_ids or request.score_only:
+        has_begun = len(self.output_ids) > self.lead
+        if not request.group or has_begun or request.score_only:
             return None
         return (request.group, request.prompt_ids, request.params.prompt_logprobs)
 
@@ -378,7 +398,7 @@ class Scheduler:
         match, snapshot = self._match(sequence), None
         if not sequence.scores_prompt:
             if self.fetch is not None and sequence.fetched is None:
-                ids = sequence.tokens(0, sequence.length)
+                ids = sequence.tokens(0, sequence.settled)
                 sequence.fetched = self.fetch(ids, match.snapshot)
                 match = self._match(sequence)
             snapshot = match.snapshot
@@ -435,7 +455,7 @@ class Scheduler:
 
     def _match(self, sequence: Sequence) -> Match:
         """The lookup of a request; repeated only when something has changed since the last one."""
-        version, length = self.prefix.version, sequence.length
+        version, length = self.prefix.version, sequence.settled
         if sequence.found is None or sequence.found[:2] != (version, length):
             match = self.prefix.match(sequence.tokens(0, length))
             sequence.found = (version, length, match)

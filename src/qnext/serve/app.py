@@ -1,16 +1,17 @@
-"""The HTTP routes: chat completions, completions, models, health, and the chat page.
+"""The HTTP routes of one model.
 
-``create_app`` builds a Starlette application around a loaded model. Reading and checking bodies is
-in ``protocol.py``, the engine's thread in ``worker.py``, sockets and the banner in ``server.py``.
+``create_app`` builds a Starlette application around a loaded model. What each interface accepts
+and returns is in ``api/``, the engine's thread in ``worker.py``, keys and the log in ``gate.py``,
+sockets and the banner in ``server.py``.
 """
 
-import asyncio
 import contextlib
 import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,31 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from qnext.engine.explain import MAX_KEPT
-from qnext.engine.request import Request
 from qnext.errors import QnextError
-from qnext.llm import LLM, Delta, TextReader
-from qnext.serve.protocol import (
-    ApiError,
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    Reply,
-    Sampling,
-    read_body,
-)
-from qnext.serve.worker import EngineStopped, Job, Worker
+from qnext.llm import LLM
+from qnext.serve.answering import EventStream, failed, run_to_end
+from qnext.serve.api.chat import ChatRequest
+from qnext.serve.api.completions import CompletionRequest
+from qnext.serve.api.fields import Head
+from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
+from qnext.serve.gate import Gate, Rules
+from qnext.serve.metrics import MEDIA_TYPE, Metrics
+from qnext.serve.reading import Body, read_body
+from qnext.serve.refusals import ApiError, shape_of
+from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, Worker
 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
+Generating = ChatRequest | CompletionRequest
+ID_PREFIXES: dict[type, str] = {ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-"}
 
 _log = logging.getLogger(__name__)
 _UI = Path(__file__).resolve().parent / "ui"
@@ -51,26 +54,66 @@ _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
 
 
-def create_app(llm: LLM, *, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
-    """An ASGI application that serves one model; its engine runs from start-up to shutdown."""
-    service = _Service(llm, max_body_bytes)
-    routes = [
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
-        Route("/v1/completions", service.completion, methods=["POST"]),
-        Route("/v1/models", service.models),
-        Route("/v1/models/{model:path}", service.model),
-        Route("/health", service.health),
-        Route("/cache/explain", service.explain),
-        *(Route(path, _page_file(*what)) for path, what in _PAGE.items()),
-    ]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How much a server lets its clients ask for."""
+
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_waiting: int = MAX_WAITING
+    """Requests that may wait beyond those that run; more are refused with status 429."""
+    timeout_s: float | None = None
+    """Time for an answer from when the engine has accepted it; None for any."""
+
+
+def create_app(
+    llm: LLM,
+    *,
+    limits: Limits | None = None,
+    rules: Rules | None = None,
+    names: Sequence[str] = (),
+    origins: Collection[str] = (),
+) -> Starlette:
+    """An ASGI application that serves one model; its engine runs from start-up to shutdown.
+
+    ``names`` are what clients may call the model, the first of them in answers; by default the name
+    of its folder. ``origins`` are web sites whose pages may use the server from a browser.
+    """
+    rules = rules or Rules()
+    service = _Service(llm, limits or Limits(), tuple(names) or (llm.name,), rules.log_prompts)
+    routes: dict[str, tuple[Callable[[HttpRequest], Awaitable[Response]], str]] = {
+        "/v1/chat/completions": (service.generating(ChatRequest), "POST"),
+        "/v1/completions": (service.generating(CompletionRequest), "POST"),
+        "/v1/models": (service.models, "GET"),
+        "/v1/models/{model:path}": (service.model, "GET"),
+        "/tokenize": (service.answering(TokenizeRequest), "POST"),
+        "/detokenize": (service.answering(DetokenizeRequest), "POST"),
+        "/health": (service.health, "GET"),
+        "/metrics": (service.metrics_page, "GET"),
+        "/cache/explain": (service.explain, "GET"),
+        **{path: (_page_file(*what), "GET") for path, what in _PAGE.items()},
+    }
+    middleware = [Middleware(Gate, rules=rules, metrics=service.metrics)]
+    if origins:
+        # Before the gate: a browser asks for leave without the key it would send.
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            expose_headers=["x-request-id", "x-qnext-ignored", "retry-after"],
+        )  # fmt: skip
+        middleware.insert(0, cors)
     app = Starlette(
-        routes=routes,
+        routes=[
+            Route(path, _recorded(path, handler), methods=[method])
+            for path, (handler, method) in routes.items()
+        ],
+        middleware=middleware,
         lifespan=service.lifespan,
         exception_handlers={
             ApiError: _api_error, HTTPException: _http_error, 500: _internal_error,
@@ -83,11 +126,13 @@ def create_app(llm: LLM, *, max_body_bytes: int = MAX_BODY_BYTES) -> Starlette:
 class _Service:
     """The handlers of one model."""
 
-    def __init__(self, llm: LLM, max_body_bytes: int) -> None:
-        self.llm, self.worker = llm, Worker(llm)
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, llm: LLM, limits: Limits, names: tuple[str, ...], log_prompts: bool) -> None:
+        self.llm, self.limits, self.names = llm, limits, names
+        self.worker = Worker(llm, max_waiting=limits.max_waiting)
+        self.metrics = Metrics(llm, self.worker)
+        self._log_prompts = log_prompts
         self._started = int(time.time())
-        self._names: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
+        self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
         """(id of an answer, id of its request in the engine)."""
 
     @contextlib.asynccontextmanager
@@ -98,51 +143,123 @@ class _Service:
         finally:
             await run_in_threadpool(self.worker.stop)
 
-    async def chat(self, http: HttpRequest) -> Response:
-        """POST /v1/chat/completions"""
-        body, ignored = await self._read(http, ChatRequest)
+    # -- generating ------------------------------------------------------------------------------
 
-        def prepare() -> tuple[Request, TextReader]:
-            return self.llm.prepare_chat(
-                body.checked_messages(),
-                body.params(self.llm),
-                enable_thinking=body.enable_thinking,
+    def generating(self, kind: type[Generating]) -> Callable[[HttpRequest], Awaitable[Response]]:
+        """The handler of a route that answers with the model's text."""
+
+        async def handler(http: HttpRequest) -> Response:
+            asked = await self._read(http, kind)
+            job = await self._submit(asked)
+            record = http.scope["record"]
+            record.submitted, record.stream = time.monotonic(), bool(asked.stream)
+            record.per_prompt = job.requests[0].params.n
+            head = Head(
+                id=ID_PREFIXES[kind] + secrets.token_hex(12),
+                model=asked.model or self.names[0],
+                created=int(time.time()),
             )
+            record.answer = head.id
+            self._answers.append((head.id, job.requests[0].id))
+            writer = asked.writer(self.llm, head)
+            headers = {"x-qnext-ignored": ", ".join(record.ignored)} if record.ignored else {}
+            if asked.stream:
+                return EventStream(job, writer, record, headers)
+            if not await run_to_end(http, job, writer, record):
+                return Response(status_code=CLIENT_GONE)
+            return _json(writer.whole(), headers=headers)
 
-        job = await self._submit(prepare)
-        return await self._answer(http, body, job, ignored, chat=True)
+        return handler
 
-    async def completion(self, http: HttpRequest) -> Response:
-        """POST /v1/completions"""
-        body, ignored = await self._read(http, CompletionRequest)
+    def answering(self, kind: Any) -> Callable[[HttpRequest], Awaitable[Response]]:
+        """The handler of a route that answers without the engine."""
 
-        def prepare() -> tuple[Request, TextReader]:
-            return self.llm.prepare_text(body.single_prompt(), body.params(self.llm))
+        async def handler(http: HttpRequest) -> Response:
+            asked = await self._read(http, kind)
+            try:
+                return _json(await run_in_threadpool(asked.answer, self.llm))
+            except QnextError as error:
+                raise ApiError.of(error) from error
 
-        job = await self._submit(prepare)
-        return await self._answer(http, body, job, ignored, chat=False)
+        return handler
+
+    async def _read(self, http: HttpRequest, kind: type[Body]) -> Body:
+        """The checked body; ApiError 413, 415, 400 or 404."""
+        media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            # Also keeps foreign web pages out: a browser asks before it sends JSON elsewhere.
+            raise ApiError(
+                415, f"content-type: expected application/json, got {media_type or 'none'}."
+            )
+        raw = bytearray()
+        async for chunk in http.stream():
+            raw += chunk
+            if len(raw) > self.limits.max_body_bytes:
+                raise ApiError(
+                    413,
+                    f"the body is larger than the limit of {self.limits.max_body_bytes:,} bytes.",
+                    code="body_too_large",
+                )
+        asked, ignored = read_body(bytes(raw), kind)
+        self._check_model(asked.model)
+        record = http.scope["record"]
+        record.ignored = ignored
+        if self._log_prompts:
+            record.asked = msgspec.json.decode(raw)
+        return asked
+
+    async def _submit(self, asked: Generating) -> Job:
+        """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
+        code = None
+        try:
+            pairs = await run_in_threadpool(asked.prepare, self.llm)
+            if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:
+                code = "context_length_exceeded"
+            return await self.worker.submit(pairs, timeout_s=self.limits.timeout_s)
+        except EngineStopped as error:
+            raise failed(error) from error
+        except Busy as error:
+            leaving = isinstance(error, Draining)
+            raise ApiError(
+                503 if leaving else 429,
+                str(error),
+                type="server_error" if leaving else "rate_limit_error",
+                code="server_stopping" if leaving else "server_busy",
+                retry_after_s=error.retry_after_s,
+            ) from error
+        except QnextError as error:
+            raise ApiError.of(error, code=code) from error
+
+    # -- telling ---------------------------------------------------------------------------------
 
     async def models(self, http: HttpRequest) -> Response:
         """GET /v1/models"""
-        return _json({"object": "list", "data": [self._card()]})
+        return _json({"object": "list", "data": [self._card(name) for name in self.names]})
 
     async def model(self, http: HttpRequest) -> Response:
         """GET /v1/models/NAME"""
-        self._check_model(http.path_params["model"])
-        return _json(self._card())
+        name = http.path_params["model"]
+        self._check_model(name)
+        return _json(self._card(name))
 
     async def health(self, http: HttpRequest) -> Response:
-        """GET /health: 200 while requests are worked on, 503 when the engine has ended."""
+        """GET /health: 200 while requests are taken, 503 when the engine has ended or will."""
         alive, load = self.worker.is_alive, self.worker.load
+        takes = alive and not self.worker.draining
         body = {
-            "status": "ok" if alive else "stopped",
-            "model": self.llm.name,
+            "status": "ok" if takes else "draining" if alive else "stopped",
+            "model": self.names[0],
             "running": load.running,
             "waiting": load.waiting,
+            "unfinished": self.worker.unfinished,
             "background_prefill": {**load.background.as_dict(), "pending": load.preparing},
             "kernels": list(self.llm.model.kernels),
         }
-        return _json(body, status=200 if alive else 503)
+        return _json(body, status=200 if takes else 503)
+
+    async def metrics_page(self, http: HttpRequest) -> Response:
+        """GET /metrics"""
+        return Response(self.metrics.text(), headers={"content-type": MEDIA_TYPE})
 
     async def explain(self, http: HttpRequest) -> Response:
         """GET /cache/explain: the last requests, newest first; ?request=ID for one, ?last=N."""
@@ -150,7 +267,7 @@ class _Service:
         if not last.isascii() or not last.isdecimal():
             raise ApiError(400, f"last: expected a whole number, got {last!r}.", param="last")
         log = self.llm.engine.scheduler.log
-        known = {request: name for name, request in self._names}
+        known = {request: name for name, request in self._answers}
         found = [
             {"id": known[request], "cache": report.as_dict()}
             for request, report in log.last()
@@ -165,9 +282,9 @@ class _Service:
             )
         return _json({"requests": found[: int(last)], "counts": log.counts()})
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.llm.name,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "qnext",
@@ -175,129 +292,24 @@ class _Service:
         }
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.llm.name:
+        if name is not None and name not in self.names:
+            here = " or ".join(repr(one) for one in self.names)
             raise ApiError(
                 404,
-                f"model: {name!r} is not served here; this server has {self.llm.name!r}.",
+                f"model: {name!r} is not served here; this server has {here}.",
                 param="model",
                 code="model_not_found",
             )
 
-    async def _read(self, http: HttpRequest, kind: type[Body]) -> tuple[Body, list[str]]:
-        """The checked body; ApiError 413, 415, 400 or 404."""
-        media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            # Also keeps foreign web pages out: a browser asks before it sends JSON elsewhere.
-            raise ApiError(
-                415, f"content-type: expected application/json, got {media_type or 'none'}."
-            )
-        raw = bytearray()
-        async for chunk in http.stream():
-            raw += chunk
-            if len(raw) > self._max_body_bytes:
-                raise ApiError(
-                    413,
-                    f"the body is larger than the limit of {self._max_body_bytes:,} bytes.",
-                    code="body_too_large",
-                )
-        body, ignored = read_body(bytes(raw), kind)
-        self._check_model(body.model)
-        if ignored:
-            _log.warning("ignored fields of a request: %s", ", ".join(ignored))
-        return body, ignored
 
-    async def _submit(self, prepare: Any) -> Job:
-        """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
-        code = None
-        try:
-            request, reader = await run_in_threadpool(prepare)
-            if len(request.prompt_ids) >= self.llm.max_model_len:
-                code = "context_length_exceeded"
-            return await self.worker.submit(request, reader)
-        except EngineStopped as error:
-            raise _unavailable(error) from error
-        except QnextError as error:
-            raise ApiError.of(error, code=code) from error
+def _recorded(
+    path: str, handler: Callable[[HttpRequest], Awaitable[Response]]
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def recorded(http: HttpRequest) -> Response:
+        http.scope["record"].route = path
+        return await handler(http)
 
-    async def _answer(
-        self, http: HttpRequest, body: Sampling, job: Job, ignored: list[str], *, chat: bool
-    ) -> Response:
-        name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-        self._names.append((name, job.request.id))
-        reply = Reply(
-            chat=chat,
-            id=name,
-            model=self.llm.name,
-            created=int(time.time()),
-            usage=body.wants_usage(),
-            explain=body.wants_explanation(),
-        )
-        headers = {"x-qnext-ignored": ", ".join(ignored)} if ignored else {}
-        if body.stream:
-            headers["cache-control"] = "no-cache"
-            return _EventStream(job, reply, headers)
-        try:
-            deltas = await _unless_gone(http, job)
-        except EngineStopped as error:
-            raise _unavailable(error) from error
-        if deltas is None:
-            return Response(status_code=CLIENT_GONE)
-        return _json(reply.whole(deltas), headers=headers)
-
-
-# -- answers -----------------------------------------------------------------------------------
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; when the client leaves, at whatever moment, the job is cancelled."""
-
-    def __init__(self, job: Job, reply: Reply, headers: dict[str, str]) -> None:
-        super().__init__(_events(job, reply), media_type="text/event-stream", headers=headers)
-        self._job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.cancel()
-
-
-async def _events(job: Job, reply: Reply) -> AsyncIterator[bytes]:
-    for chunk in reply.opening():
-        yield _event(chunk)
-    try:
-        async for delta in job.deltas():
-            for chunk in reply.piece(delta):
-                yield _event(chunk)
-    except EngineStopped as error:
-        yield _event(_unavailable(error).body())
-        return
-    yield b"data: [DONE]\n\n"
-
-
-async def _unless_gone(http: HttpRequest, job: Job) -> list[Delta] | None:
-    """All deltas of a job, or None when the client left before; the job is cancelled then."""
-
-    async def collect() -> list[Delta]:
-        return [delta async for delta in job.deltas()]
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    work, watch = asyncio.create_task(collect()), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
-    finally:
-        job.cancel()
-        for task in (work, watch):
-            task.cancel()
-        await asyncio.gather(work, watch, return_exceptions=True)
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return recorded
 
 
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -309,27 +321,26 @@ def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = Non
 # -- errors ------------------------------------------------------------------------------------
 
 
-def _unavailable(error: EngineStopped) -> ApiError:
-    return ApiError(503, str(error), type="server_error", code="engine_stopped")
-
-
 async def _api_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError), error
-    return _json(error.body(), status=error.status)
+    http.scope["record"].code = error.code or "invalid_request"
+    body = error.body(shape_of(http.url.path))
+    return _json(body, status=error.status, headers=error.headers)
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
     message = f"{http.method} {http.url.path}: {error.detail}."
     answer = ApiError(error.status_code, message, code="no_such_route")
-    return _json(answer.body(), status=error.status_code, headers=dict(error.headers or {}))
+    body = answer.body(shape_of(http.url.path))
+    return _json(body, status=error.status_code, headers=dict(error.headers or {}))
 
 
 async def _internal_error(http: HttpRequest, error: Exception) -> Response:
     """A bug. The client gets the shape it expects, the log gets the trace."""
     message = "an error inside the server; its log has the details."
     answer = ApiError(500, message, type="server_error", code="internal_error")
-    return _json(answer.body(), status=500)
+    return _json(answer.body(shape_of(http.url.path)), status=500)
 
 
 # -- the page ----------------------------------------------------------------------------------

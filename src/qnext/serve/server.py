@@ -1,21 +1,28 @@
 """From a host and a port to a running server: the socket, the banner, uvicorn."""
 
+import asyncio
 import errno
 import ipaddress
 import socket
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import uvicorn
 
 from qnext import cost
 from qnext.errors import RequestError
 from qnext.llm import LLM
-from qnext.serve.app import create_app
+from qnext.serve.app import Limits, create_app
+from qnext.serve.gate import Rules
 from qnext.serve.worker import Worker
 
-BACKLOG = 128
+BACKLOG = 1024
+DRAIN_S = 30.0
+"""Answers that are being written when the server is told to stop get this long to end."""
 SHUTDOWN_S = 5
-"""Answers that are still being written when the server is told to stop get this long."""
+"""Time for what is left after that: to say why answers ended, and to close connections."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,61 +62,107 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Ends the engine before it waits for connections, so that every client is told why."""
+    """Lets running answers end before it closes connections.
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    While it waits, new requests are told to come back later. What is not done after ``drain_s``
+    ends at the engine's next step, and its client is told so.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_s: float) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._worker, self._drain_s = worker, drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.draining = True
+        await self._idle(self._drain_s)
+        self._worker.end_all()
+        await self._idle(SHUTDOWN_S)
         self._worker.ask_to_stop()
         await super().shutdown(sockets)
 
+    async def _idle(self, limit_s: float) -> None:
+        """Return when no request is left, the time is over, or Ctrl-C was pressed again."""
+        end = time.monotonic() + limit_s
+        worker = self._worker
+        while worker.unfinished and worker.is_alive and not self.force_exit:
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(0.02)
 
-def serve(llm: LLM, listener: socket.socket) -> int:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """How a server behaves; everything but the model."""
+
+    limits: Limits = field(default_factory=Limits)
+    rules: Rules = field(default_factory=Rules)
+    names: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    drain_s: float = DRAIN_S
+
+
+def serve(llm: LLM, listener: socket.socket, serving: Serving | None = None) -> int:
     """Serve until interrupted; returns the exit status."""
-    # The ready-made logging of uvicorn prints a line per request; warnings and errors are enough.
-    app = create_app(llm)
+    serving = serving or Serving()
+    app = create_app(
+        llm,
+        limits=serving.limits,
+        rules=serving.rules,
+        names=serving.names,
+        origins=serving.origins,
+    )
     config = uvicorn.Config(
         app,
-        log_config=None,
+        log_config=None,  # one line per request is written by the gate
         log_level="warning",
         access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    server = _Server(config, app.state.worker)
-    print(banner(llm, listener), flush=True)
+    server = _Server(config, app.state.worker, serving.drain_s)
+    print(banner(llm, listener, serving), flush=True)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
-def banner(llm: LLM, listener: socket.socket) -> str:
-    """What is served, where, and with which kernels."""
+def banner(llm: LLM, listener: socket.socket, serving: Serving | None = None) -> str:
+    """What is served, where, with which kernels, and what was chosen."""
+    serving = serving or Serving()
     url = address(listener)
     parameters = cost.parameters(llm.config).total
     kernels = [line.partition(":") for line in llm.model.kernels]
     by_backend: dict[str, list[str]] = {}
     for op, _, backend in kernels:
         by_backend.setdefault(backend.strip(), []).append(op)
-    pool = llm.engine.pool
-    tokens = pool.num_pages * llm.engine.scheduler.page_size
+    engine = llm.engine
+    tokens = engine.pool.num_pages * engine.scheduler.page_size
+    drafts = engine.policy.setting
+    names = ", ".join(serving.names) or llm.name
+    count = len(serving.rules.keys)
+    keys = "none asked for" if not count else f"{count} key{'s' * (count > 1)}"
+    timeout = serving.limits.timeout_s
     lines = [
-        f"qnext serves {llm.name} at {url}",
+        f"qnext serves {names} at {url}",
         "",
         f"  model     {parameters / 1e6:,.1f} M parameters, "
         f"{str(llm.model.dtype).removeprefix('torch.')} on {llm.model.device}",
         f"  context   {llm.max_model_len:,} tokens; the cache holds {tokens:,} tokens of up to "
-        f"{llm.engine.scheduler.num_slots} requests",
+        f"{engine.scheduler.num_slots} requests, and {engine.prefix.num_slots} prefixes",
         *(f"  kernels   {name}: {', '.join(ops)}" for name, ops in by_backend.items()),
+        f"  drafting  {'none' if drafts == 0 else f'{drafts} tokens per step of the MTP head'}",
+        f"  limits    {serving.limits.max_waiting} requests may wait; "
+        + ("no time limit" if timeout is None else f"{timeout:g} s per answer"),
+        f"  access    {keys}; "
+        + (f"pages of {', '.join(serving.origins)}" if serving.origins else "no other web sites"),
         f"  page      {url}/",
         f"  API       {url}/v1 (chat/completions, completions, models), {url}/health",
         "",
         "Ctrl-C stops it.",
     ]
-    if not _is_loopback(listener):
+    if not is_loopback(listener) and not serving.rules.keys:
         print(
-            "Warning: the server is reachable from other machines and asks for no key. "
-            "Use --host 127.0.0.1 to keep it to this one.",
+            "Warning: the server is reachable from other machines and asks for no key. Give it one "
+            "with --api-key-file, or use --host 127.0.0.1 to keep it to this one.",
             file=sys.stderr,
         )
     return "\n".join(lines)
@@ -124,5 +177,6 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _is_loopback(listener: socket.socket) -> bool:
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs on this machine reach it."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback

@@ -5,53 +5,114 @@ and leave a running batch. What a step produced goes back in one call per event 
 """
 
 import asyncio
+import math
 import queue
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from qnext.answers import Delta, TextReader
 from qnext.engine.background import BackgroundCounts
 from qnext.engine.request import Request
 from qnext.errors import QnextError, RequestError
-from qnext.llm import LLM, Delta, TextReader
+from qnext.llm import LLM
+
+MAX_WAITING = 256
+"""Requests that may wait for a place in the engine."""
+MAX_RETRY_S = 60
 
 
 class EngineStopped(QnextError):
     """The engine ended before the request did: the server is going down, or the engine failed."""
 
 
+class Busy(QnextError):
+    """There is no room for another request at the moment."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(Busy):
+    """The server finishes what it has and takes nothing new."""
+
+
+class TimedOut(QnextError):
+    """The request took longer than the server allows."""
+
+
+Item = tuple[int, Delta] | QnextError | None
+
+
 @dataclass(eq=False, kw_only=True, slots=True)
 class Job:
-    """One request on its way through the engine.
+    """The requests of one client's call on their way through the engine.
 
     Whoever has submitted it calls ``cancel`` when done with it, however that came about.
     """
 
-    request: Request
-    reader: TextReader
+    pairs: Sequence[tuple[Request, TextReader]]
     _worker: "Worker"
     _loop: asyncio.AbstractEventLoop
-    _arrived: asyncio.Queue[Delta | QnextError | None] = field(default_factory=asyncio.Queue)
-    """None says that the engine has accepted the request; an error is the last item."""
+    begun: float = field(default_factory=time.monotonic)
+    _left: int = 0
+    """Requests that have not ended, as far as the reading side knows."""
+    _arrived: deque[Item] = field(default_factory=deque)
+    """None says that the engine has accepted the requests; an error is the last item."""
+    _waiter: "asyncio.Future[None] | None" = None
+    _timer: asyncio.TimerHandle | None = None
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """What the request produces, as it is produced; the last one has a finish reason."""
-        while True:
-            delta = await self._next()
-            assert delta is not None, "accepted twice"
-            yield delta
-            if delta.finish_reason is not None:
-                return
+    @property
+    def requests(self) -> list[Request]:
+        """What was asked of the engine, one request per choice."""
+        return [request for request, _ in self.pairs]
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """What the requests produce, as it is produced: (choice, delta), whatever has arrived.
+
+        The last delta of every choice has a finish reason. Raises EngineStopped or TimedOut.
+        """
+        while self._left:
+            await self._wait()
+            batch: list[tuple[int, Delta]] = []
+            while self._arrived:
+                item = self._arrived.popleft()
+                if isinstance(item, QnextError):
+                    if batch:
+                        self._arrived.appendleft(item)
+                        break
+                    raise item
+                assert item is not None, "accepted twice"
+                batch.append(item)
+                self._left -= item[1].finish_reason is not None
+            yield batch
 
     def cancel(self) -> None:
-        """Take the request out of the engine at its next step; harmless when it has ended."""
-        self._worker._inbox.put(("cancel", self))
+        """Take the requests out of the engine at its next step; harmless when they have ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._left:
+            self._worker._inbox.put(("cancel", self))
 
-    async def _next(self) -> Delta | None:
-        item = await self._arrived.get()
+    def _expire(self, after_s: float) -> None:
+        self._worker._inbox.put(("cancel", self))
+        error = TimedOut(f"the request did not end within {after_s:g} s, the limit of this server.")
+        _put_all([(self, error)])
+
+    async def _wait(self) -> None:
+        if not self._arrived:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
+    async def _accepted(self) -> None:
+        await self._wait()
+        item = self._arrived.popleft()
         if isinstance(item, QnextError):
+            self._left = 0
             raise item
-        return item
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,23 +126,48 @@ class Load:
     """What was prepared for later prompts while nothing else was to do."""
     preparing: int = 0
     """Conversations whose next turn is still to be prepared."""
+    steps: int = 0
+    pages_free: int = 0
+    pages_total: int = 0
+    slots_total: int = 0
+    snapshots: int = 0
+    """Prefixes held in memory."""
+    snapshot_slots: int = 0
 
 
 class Worker:
-    """Owns an LLM's engine from ``start`` to ``stop``."""
+    """Owns an LLM's engine from ``start`` to ``stop``.
 
-    def __init__(self, llm: LLM) -> None:
+    ``max_waiting`` bounds the requests beyond those that can run at once.
+    """
+
+    def __init__(self, llm: LLM, *, max_waiting: int = MAX_WAITING) -> None:
         self._llm = llm
+        self._slots = llm.engine.scheduler.num_slots
+        self._limit = self._slots + max_waiting
         self._inbox: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, tuple[Job, int, TextReader]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped = threading.Event()
-        self.load = Load()
+        self._mutex = threading.Lock()
+        self._unfinished = 0
+        """Requests accepted and not ended; guarded by the mutex, as is the next."""
+        self._usual_s = 1.0
+        """How long a request took lately, on average."""
+        self.draining = False
+        self.load = self._look()
+        self.ended: Counter[str] = Counter()
+        """Requests by the way they ended."""
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are being worked on."""
         return self._thread.is_alive() and not self._stopped.is_set()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return self._unfinished
 
     def start(self) -> None:
         """Start the thread."""
@@ -96,23 +182,50 @@ class Worker:
         """Like ``stop``, but does not wait for the thread."""
         self._inbox.put(("stop", None))
 
-    async def submit(self, request: Request, reader: TextReader) -> Job:
-        """Hand a request to the engine; returns when it is accepted.
+    def end_all(self) -> None:
+        """End every request at the next step; their last delta says "cancelled"."""
+        self._inbox.put(("end_all", None))
 
-        Raises the engine's RequestError when the request cannot run, EngineStopped when there is
-        no engine any more.
+    async def submit(
+        self, pairs: Sequence[tuple[Request, TextReader]], *, timeout_s: float | None = None
+    ) -> Job:
+        """Hand requests to the engine; returns when they are accepted.
+
+        Raises the engine's RequestError when one cannot run (then none does), Busy when too many
+        wait already, Draining, EngineStopped when there is no engine any more.
         """
+        if self.draining:
+            raise Draining("the server is being stopped; ask again later.", self._drained_after())
+        with self._mutex:
+            # An idle engine takes what one call asks for, however much that is.
+            if self._unfinished and self._unfinished + len(pairs) > self._limit:
+                waiting = max(self._unfinished - self._slots, 0)
+                raise Busy(
+                    f"the server is busy: {waiting} requests wait already. Try again later.",
+                    self._retry_after(waiting),
+                )
+            self._unfinished += len(pairs)
         loop = asyncio.get_running_loop()
-        job = Job(request=request, reader=reader, _worker=self, _loop=loop)
+        job = Job(pairs=pairs, _worker=self, _loop=loop, _left=len(pairs))
         self._inbox.put(("add", job))
         if self._stopped.is_set():
             raise EngineStopped("the server is not running any more.")
         try:
-            await job._next()
+            await job._accepted()
         except asyncio.CancelledError:
             job.cancel()
             raise
+        if timeout_s is not None:
+            job._timer = loop.call_later(timeout_s, job._expire, timeout_s)
         return job
+
+    def _retry_after(self, waiting: int) -> int:
+        """Seconds until about half of those that wait now will have run."""
+        rounds = max(waiting, 1) / 2 / self._slots
+        return min(max(math.ceil(rounds * self._usual_s), 1), MAX_RETRY_S)
+
+    def _drained_after(self) -> int:
+        return self._retry_after(self._unfinished)
 
     # -- the engine's thread -----------------------------------------------------------------------
 
@@ -138,49 +251,69 @@ class Worker:
             idle = not self._llm.engine.has_work and self._inbox.empty()
             if idle:
                 prepares = self._llm.idle_step() > 0
-                self._note_load()
+                self.load = self._look()
                 if prepares:
                     continue
             elif self._inbox.empty():
                 return True
             command, job = self._inbox.get()
-            if job is None:
+            if command == "stop":
                 return False
-            if command == "add":
+            if command == "end_all":
+                for name in self._jobs:
+                    self._llm.engine.cancel(name)
+            elif command == "add" and job is not None:
                 self._add(job)
-            elif self._jobs.pop(job.request.id, None) is not None:
-                self._llm.engine.cancel(job.request.id)
+            elif job is not None:
+                self._drop(job, "abandoned")
 
     def _add(self, job: Job) -> None:
-        try:
-            self._llm.engine.add(job.request)
-        except RequestError as error:
-            self._deliver([(job, error)])
-            return
-        self._jobs[job.request.id] = job
-        self._note_load()
+        for index, (request, reader) in enumerate(job.pairs):
+            try:
+                self._llm.engine.add(request)
+            except RequestError as error:
+                self._drop(job, "refused")
+                self._forget("refused", len(job.pairs) - index)
+                self._deliver([(job, error)])
+                return
+            self._jobs[request.id] = (job, index, reader)
+        self.load = self._look()
         self._deliver([(job, None)])
 
+    def _drop(self, job: Job, why: str) -> None:
+        for request, _ in job.pairs:
+            if self._jobs.pop(request.id, None) is not None:
+                self._llm.engine.cancel(request.id)
+                self._forget(why)
+
+    def _forget(self, why: str, count: int = 1) -> None:
+        self.ended[why] += count
+        with self._mutex:
+            self._unfinished -= count
+
     def _step(self) -> None:
-        results: list[tuple[Job, Delta | QnextError | None]] = []
+        results: list[tuple[Job, Item]] = []
         for event in self._llm.engine.step():
-            job = self._jobs.get(event.request_id)
-            if job is None:
+            found = self._jobs.get(event.request_id)
+            if found is None:
                 continue  # cancelled while it ran
-            delta = job.reader.push(event)
-            if job.reader.stopped:
+            job, index, reader = found
+            delta = reader.push(event)
+            if reader.stopped:
                 self._llm.engine.cancel(event.request_id, "stop")
             if delta is None:
                 continue
-            results.append((job, delta))
+            results.append((job, (index, delta)))
             if delta.finish_reason is not None:
-                self._llm.ended(job.reader, delta.finish_reason)
+                self._llm.ended(reader, delta.finish_reason)
                 del self._jobs[event.request_id]
-        self._note_load()
+                self._forget(delta.finish_reason)
+                self._usual_s += 0.1 * (time.monotonic() - job.begun - self._usual_s)
+        self.load = self._look()
         self._deliver(results)
 
-    def _deliver(self, results: list[tuple[Job, Delta | QnextError | None]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Delta | QnextError | None]]] = {}
+    def _deliver(self, results: list[tuple[Job, Item]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Item]]] = {}
         for job, item in results:
             by_loop.setdefault(job._loop, []).append((job, item))
         for loop, items in by_loop.items():
@@ -189,23 +322,35 @@ class Worker:
 
     def _left(self) -> list[Job]:
         """Jobs nobody will finish: those that run, and those still in the inbox."""
-        left = list(self._jobs.values())
+        left = {id(job): job for job, _, _ in self._jobs.values()}
         while not self._inbox.empty():
             command, job = self._inbox.get()
             if command == "add" and job is not None:
-                left.append(job)
-        return left
+                left[id(job)] = job
+        return list(left.values())
 
-    def _note_load(self) -> None:
-        scheduler = self._llm.engine.scheduler
-        self.load = Load(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            background=replace(self._llm.engine.background.counts),
+    def _look(self) -> Load:
+        engine = self._llm.engine
+        return Load(
+            running=len(engine.scheduler.running),
+            waiting=len(engine.scheduler.waiting),
+            background=replace(engine.background.counts),
             preparing=self._llm.unprepared,
+            steps=engine.steps,
+            pages_free=engine.pool.free,
+            pages_total=engine.pool.num_pages,
+            slots_total=engine.scheduler.num_slots,
+            snapshots=len(engine.prefix),
+            snapshot_slots=engine.prefix.num_slots,
         )
 
 
-def _put_all(items: list[tuple[Job, Delta | QnextError | None]]) -> None:
+def _put_all(items: list[tuple[Job, Item]]) -> None:
+    """Hand over what has arrived; runs in the event loop."""
     for job, item in items:
-        job._arrived.put_nowait(item)
+        job._arrived.append(item)
+        waiter = job._waiter
+        if waiter is not None:
+            job._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)

@@ -16,6 +16,7 @@ from jinja2 import nodes
 
 from qnext.errors import TemplateError
 from qnext.text.messages import Message, check_messages, check_tools, kind
+from qnext.text.output import ToolFormat, tool_format
 from qnext.text.sandbox import Program
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.vocabulary import TOKENIZER_CONFIG, read_json_object
@@ -46,6 +47,8 @@ class ChatTemplate:
         """The template's text."""
         self.origin = origin
         """Where it came from; ``BUILTIN_ORIGIN`` where a checkpoint has none."""
+        self.tool_format: ToolFormat | None = tool_format(source)
+        """How the model writes tool calls; None where the template knows no tools."""
         self._variables = dict(variables or {})
         self._program = Program(source, origin=origin, now=now)
         self._wants_mappings = _iterates_arguments(self._program.syntax)

@@ -1,26 +1,19 @@
 """Streams of the model's text: split off reasoning, stop at stop strings.
 
 Both take text in pieces of any size and hold back only what could still turn into a tag or a stop
-string; how the text was cut never changes the result. Text to ids and back is in ``tokenizer.py``.
+string; how the text was cut never changes the result. Tool calls are in ``output.py``, which builds
+on this; text to ids and back is in ``tokenizer.py``.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from qnext.errors import RequestError
+from qnext.text.calls.parts import Kind, Piece
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
-TOOL_OPEN = "<tool_call>"
-
-Kind = Literal["reasoning", "content"]
-
-
-class Piece(NamedTuple):
-    """A stretch of output text and what it is."""
-
-    kind: Kind
-    text: str
+TOOL_OPEN, TOOL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 class ReasoningParser:
@@ -29,9 +22,9 @@ class ReasoningParser:
     The answer is ``<think>\nREASONING\n</think>\n\nCONTENT``; where the prompt already opened the
     block (``opens_thinking``), it starts inside. Tags and the newlines around them belong to the
     format and are in neither part. A ``<tool_call>`` inside reasoning ends it and begins the
-    content; a further ``</think>`` in the content is dropped. An answer that does not start with
-    ``<think>`` (and was not started inside) is content, unchanged. If the answer ends inside the
-    block, all of it is reasoning.
+    content; a further ``</think>`` in the content is dropped, unless it stands inside a call. An
+    answer that does not start with ``<think>`` (and was not started inside) is content, unchanged.
+    If the answer ends inside the block, all of it is reasoning.
     """
 
     def __init__(self, start_in_reasoning: bool) -> None:
@@ -41,6 +34,7 @@ class ReasoningParser:
         # Newlines at the beginning of reasoning, and of content after it, belong to the tags.
         self._skips_newlines = False
         self._has_closed = False
+        self._in_call = False
 
     @property
     def in_reasoning(self) -> bool:
@@ -95,18 +89,30 @@ class ReasoningParser:
         self._held = self._held[sure:]
 
     def _read_content(self, pieces: list[Piece]) -> None:
-        while self._has_closed and THINK_CLOSE in self._held:
-            before, _, after = self._held.partition(THINK_CLOSE)
+        while found := self._next_tag():
+            at, tag = found
+            if tag != THINK_CLOSE:
+                self._in_call = tag == TOOL_OPEN
+            kept = at if tag == THINK_CLOSE else at + len(tag)
+            before, after = self._held[:kept], self._held[at + len(tag) :]
             self._held = before
             self._skip_newlines()
             self._append(pieces, "content", self._held)
             self._held = after
         self._skip_newlines()
-        sure = len(self._held)
-        if self._has_closed:
-            sure -= held_length(self._held, (THINK_CLOSE,))
+        sure = len(self._held) - held_length(self._held, self._content_tags())
         self._append(pieces, "content", self._held[:sure])
         self._held = self._held[sure:]
+
+    def _content_tags(self) -> tuple[str, ...]:
+        """Tags that matter in the content now; none where no block was closed."""
+        if not self._has_closed:
+            return ()
+        return (TOOL_CLOSE,) if self._in_call else (THINK_CLOSE, TOOL_OPEN)
+
+    def _next_tag(self) -> tuple[int, str] | None:
+        found = [(at, tag) for tag in self._content_tags() if (at := self._held.find(tag)) >= 0]
+        return min(found, default=None)
 
     def _skip_newlines(self) -> None:
         if self._skips_newlines:

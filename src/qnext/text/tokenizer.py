@@ -184,6 +184,10 @@ class Tokenizer:
             holes = [i for i in range(self.id_limit) if i not in defined]
         return holes + list(range(self.id_limit, rows))
 
+    def serialized(self) -> str:
+        """The whole pipeline as the text of a ``tokenizer.json``."""
+        return self._backend.to_str()
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files into a folder, readable by Hugging Face transformers.
 

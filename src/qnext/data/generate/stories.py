@@ -1,13 +1,12 @@
 """Short stories from plots with blanks, so that a request for a story about something gets that
 story.
 
-Corpus stories teach the language; these teach to stay with the hero and the thing the user named.
+They also fill the haystacks of the needle test, so that it is the same everywhere.
 """
 
+import re
 from dataclasses import dataclass
 from random import Random
-
-from recipes.mini.chats import Chat, single
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +141,7 @@ _FOUND = (
     "a strange egg",
     "a tiny door",
 )
-_TRAITS = (
+TRAITS = (
     "little",
     "kind",
     "brave",
@@ -279,7 +278,7 @@ def _sharing(rng: Random, s: dict[str, str]) -> list[str]:
 _PLOTS = (_lost_thing, _new_friend, _treasure, _storm, _learning, _sharing)
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
@@ -299,12 +298,12 @@ def story(rng: Random, hero: Hero | None = None, name: str = "") -> tuple[Hero, 
         "place": rng.choice(_PLACES),
         "food": rng.choice(_FOODS),
     }
-    trait = rng.choice(_TRAITS)
+    trait = rng.choice(TRAITS)
     opening = rng.choice(
         (
-            f"Once upon a time, there was {_article(trait + ' ' + hero.kind)} named {name}.",
-            f"Once there was {_article(trait + ' ' + hero.kind)} called {name}.",
-            f"{name} was {_article(trait + ' ' + hero.kind)}.",
+            f"Once upon a time, there was {article(trait + ' ' + hero.kind)} named {name}.",
+            f"Once there was {article(trait + ' ' + hero.kind)} called {name}.",
+            f"{name} was {article(trait + ' ' + hero.kind)}.",
         )
     )
     like = rng.choice(hero.likes)
@@ -348,37 +347,20 @@ def request(rng: Random, subject: str) -> str:
     return rng.choice(_ASK).format(x=subject) if subject else rng.choice(_ASK_ANY)
 
 
-def story_chat(rng: Random) -> Chat:
-    """A request for a story about a hero, and the story; sometimes followed by thanks or a
-    question.
-    """
-    hero, name, text = story(rng)
-    trait = rng.choice(_TRAITS)
-    subject = rng.choice(
-        (
-            _article(hero.kind),
-            _article(hero.kind),
-            _article(f"{trait} {hero.kind}"),
-            f"{_article(hero.kind)} named {name}",
-            "",
-        )
-    )
-    if rng.random() < 0.8:
-        return single(request(rng, subject), text)
-    follow = rng.choice(
-        (
-            ("Who is the story about?", f"The story is about {_article(hero.kind)} named {name}."),
-            (f"Where did {name} live?", f"{name} lived {hero.home}."),
-            ("Thank you!", "You are welcome! I am glad to tell you stories."),
-            ("I liked it.", "Thank you! I am happy that you liked the story."),
-        )
-    )
-    turns = (("user", request(rng, subject)), ("assistant", text), ("user", follow[0]))
-    return Chat(messages=(*turns, ("assistant", follow[1])))
-
-
 def subject_of(text: str) -> str:
     """The hero a corpus story is about, as "a cat"; empty if no known hero is named twice."""
     lowered = text.lower()
     best = max(_HEROES, key=lambda hero: lowered.count(f" {hero.kind}"))
-    return _article(best.kind) if lowered.count(f" {best.kind}") >= 2 else ""
+    return article(best.kind) if lowered.count(f" {best.kind}") >= 2 else ""
+
+
+def haystack(rng: Random, characters: int) -> list[str]:
+    """Sentences of made-up stories, of together about ``characters``."""
+    sentences: list[str] = []
+    size = 0
+    while size < characters:
+        _, _, text = story(rng)
+        for sentence in re.split(r"(?<=[.!?\"]) (?=[A-Z\"])", text.replace("\n\n", " ")):
+            sentences.append(sentence)
+            size += len(sentence) + 1
+    return sentences

@@ -1,0 +1,163 @@
+"""qnext-mini: the small model that ships with the package, from corpora to a model that talks.
+
+    qnext data tokenizer --recipe recipes/qnext_mini.py --data ../shared/data --policy +cdla \\
+        --vocab-size 6144 --out .data/qnext-mini/tokenizer
+    qnext data prepare --recipe recipes/qnext_mini.py --data ../shared/data --policy +cdla \\
+        --tokenizer .data/qnext-mini/tokenizer --out .data/qnext-mini/data
+    qnext train recipes/qnext_mini.py --minutes 180
+
+Four stages: S1 general text (the MTP head joins after two fifths), S2 knowledge and worked
+problems, S3 long documents and needles at a longer rotary base, SFT lessons in both modes.
+``--set stages.*.data.folder=DIR`` and ``--set tokenizer=DIR`` name other folders.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from recipes.mini import corpora
+
+from qnext.data.prepare import Plan
+from qnext.eval.needles import NeedleReport
+from qnext.train.mixture import Mixture
+from qnext.train.recipe import Objectives, Optimiser, Recipe, Rope, Schedule, Stage
+
+FOLDER = ".data/qnext-mini"
+VOCABULARY = 6144
+
+MODEL = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "full_attention_interval": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "intermediate_size": 512,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+}
+"""34.8 M parameters, 6.1 M active for a token and 2.2 M more in the MTP head."""
+
+S1 = {
+    "tinystories": 5, "picture_books": 8, "children_classics": 12, "template_stories": 2,
+    "fiction": 9, "essays": 2, "textbooks": 14, "science_textbooks": 8, "maths_textbooks": 4,
+    "self_dialogue": 10, "topical_chat": 5, "fairytale_qa": 4, "wordnet": 1, "factbook": 1,
+    "recall": 2, "copies": 2, "short_needles": 2, "sums": 8, "worked": 1,
+}  # fmt: skip
+"""Percent of the tokens."""
+S2 = {
+    "maths_textbooks": 9, "science_textbooks": 8, "textbooks": 6, "factbook": 2, "wordnet": 2,
+    "gsm8k": 5, "worked": 17, "problems": 12, "sums": 10, "tinystories": 4, "children_classics": 4,
+    "picture_books": 3, "self_dialogue": 6, "topical_chat": 3, "short_needles": 5, "copies": 2,
+    "recall": 2,
+}  # fmt: skip
+S3 = {
+    "children_classics": 14, "fiction": 14, "essays": 5, "textbooks": 18, "science_textbooks": 7,
+    "needles": 22, "worked": 6, "sums": 4, "self_dialogue": 5, "problems": 5,
+}  # fmt: skip
+REPLAY = {
+    "children_classics": 3, "textbooks": 3, "self_dialogue": 2, "picture_books": 1, "needles": 2,
+}  # fmt: skip
+LESSONS = {
+    "sums_thinking_chat": 28, "problems_thinking_chat": 12, "small_thinking_chat": 5,
+    "several_sums_chat": 3, "sums_direct_chat": 10, "problems_direct_chat": 3,
+    "template_stories_chat": 5, "tinystories_chat": 6, "picture_books_chat": 1,
+    "smalltalk_chat": 5, "self_dialogue_chat": 4, "factbook_chat": 1, "wordnet_chat": 1,
+    "fairytale_qa_chat": 2, "instructions_chat": 1, "tools_chat": 5, "recall_chat": 2,
+}  # fmt: skip
+
+
+def plan(data: Path) -> Plan:
+    """The data: what is read, under which licence, and what is made by rule."""
+    return corpora.plan(data)
+
+
+def _mixture(shares: Mapping[str, float]) -> Mixture:
+    return Mixture(
+        folder=f"{FOLDER}/data/train",
+        shares=dict(shares),
+        whole=tuple(name for name in shares if name.endswith("_chat")),
+    )
+
+
+def recipe() -> Recipe:
+    """The whole run."""
+    heads = Objectives(mtp_weights=(0.3,), balance=1e-2)
+    rate = 4e-3
+    return Recipe(
+        name="qnext-mini",
+        model=MODEL,
+        tokenizer=f"{FOLDER}/tokenizer",
+        generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20},
+        seed=20261121,
+        optimiser=Optimiser(kind="muon", weight_decay=0.1),
+        save_every=100,
+        stages=(
+            Stage(
+                name="S1-text",
+                data=_mixture(S1),
+                tokens=4_500_000,
+                elastic=True,
+                schedule=Schedule(peak=rate, warmup=0.06, start=0.02),
+                row_tokens=512,
+                objectives=Objectives(mtp_weights=(), balance=2e-2),
+            ),
+            Stage(
+                name="S1",
+                data=_mixture(S1),
+                tokens=6_500_000,
+                elastic=True,
+                schedule=Schedule(peak=rate, shape="linear", decay_from=0.3, final=0.75),
+                objectives=heads,
+            ),
+            Stage(
+                name="S2",
+                data=_mixture(S2),
+                tokens=4_500_000,
+                elastic=True,
+                schedule=Schedule(peak=0.75 * rate, shape="linear", final=0.6),
+                objectives=heads,
+            ),
+            Stage(
+                name="S3",
+                data=_mixture(S3),
+                tokens=1_200_000,
+                schedule=Schedule(peak=0.45 * rate, shape="linear", final=0.8),
+                row_tokens=4096,
+                objectives=heads,
+                rope=Rope(theta=100_000.0),
+                report=NeedleReport(lengths=(1024, 4096)),
+            ),
+            Stage(
+                name="SFT",
+                data=_mixture({**LESSONS, **REPLAY}),
+                tokens=5_500_000,
+                elastic=True,
+                schedule=Schedule(peak=0.36 * rate, shape="linear", final=0.02),
+                row_tokens=2048,
+                objectives=Objectives(mtp_weights=(0.1,), balance=2e-3),
+            ),
+        ),
+    )

@@ -1,0 +1,324 @@
+"""What a request allows next, and what it says without being asked: masks and forced tokens.
+
+A guide walks along one answer. Before every choice it knows the tokens that may follow: a grammar
+where one rules, tags of the format where they are due, everything elsewhere. A row behind drafts
+asks for the mask behind those drafts; what was looked up ahead is undone if the drafts do not stay.
+
+Tokens are forced where nothing is left to choose: the text that ends the reasoning when its budget
+is used up, and a token that is the only one a mask allows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from qnext.engine.regions import Regions, State
+
+Calls = Literal["free", "none", "auto", "required"]
+"""Tool calls: not spoken of, forbidden, allowed, or the only answer."""
+
+
+class Matcher(Protocol):
+    """A grammar in the middle of a text."""
+
+    def fill(self, words: np.ndarray) -> str | None:
+        """Write the tokens that may follow; the end tokens stand for "it may end here".
+
+        Returns why it cannot, if the grammar has become too complex.
+        """
+        ...
+
+    def consume(self, token: int) -> bool: ...
+    def rollback(self, count: int) -> None: ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar."""
+
+    def begin(self) -> Matcher: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rules:
+    """What a request asks of its answer beside sampling."""
+
+    regions: Regions
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    control_ids: tuple[int, ...] = ()
+    """Tokens that never stand in a text a grammar rules."""
+    budget: int | None = None
+    """Most sampled tokens of reasoning."""
+    stop_thinking: tuple[int, ...] = ()
+    """What is inserted when the budget is used up; it closes the reasoning."""
+    answer: Grammar | None = None
+    """Rules the answer, from behind the reasoning to its end."""
+    call: Grammar | None = None
+    """Rules what stands between the tags of a tool call."""
+    calls: Calls = "free"
+    parallel: bool = True
+    """Whether another call may follow a call."""
+    covers_calls: bool = False
+    """Whether ``answer`` spells the tags of calls itself: the vocabulary has no tokens for them."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the answer has a form, so that it cannot end before that is complete."""
+        return self.answer is not None or self.calls == "required"
+
+
+@dataclass(slots=True)
+class Frame:
+    """A place in the answer, or in drafts behind it."""
+
+    state: State
+    token: int = -1
+    """The token before it."""
+    call: Matcher | None = None
+    """Of the tool call it stands in."""
+    fed: Matcher | None = None
+    """What has consumed the token before it."""
+    is_done: bool = False
+    mask: np.ndarray | None = None
+    has_mask: bool = False
+    """Whether ``mask`` is known; it may be known to be None."""
+
+
+@dataclass(eq=False)
+class Guide:
+    """One answer's way through its rules."""
+
+    rules: Rules
+    failed: str | None = None
+    """Why its grammar cannot go on."""
+    _frames: list[Frame] = field(default_factory=list)
+    """The newest committed place, then those behind drafts."""
+
+    def __post_init__(self) -> None:
+        self._frames = [Frame(self.rules.regions.start())]
+        self._answer = self.rules.answer.begin() if self.rules.answer else None
+        self._fixed: dict[tuple[int, ...], np.ndarray] = {}
+
+    @property
+    def state(self) -> State:
+        """Where the answer is."""
+        return self._frames[0].state
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the form of the answer is complete and it has ended."""
+        return self._frames[0].is_done
+
+    @property
+    def has_no_choice(self) -> bool:
+        """Whether one token only may follow."""
+        return _only(self.mask()) is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the reasoning has used up its budget."""
+        return self._is_due(self._frames[0])
+
+    def mask(self, drafts: Sequence[int] = ()) -> np.ndarray | None:
+        """The tokens that may follow the answer and these drafts; None if all may.
+
+        uint32 words as in ``SampleRow.mask``. Every draft must be allowed where it stands.
+        """
+        return self._mask(self._at(drafts))
+
+    def valid(self, drafts: Sequence[int]) -> int:
+        """How many of the drafts could be chosen, before one that cannot."""
+        for count, token in enumerate(drafts):
+            frame = self._at(drafts[:count])
+            mask = self._mask(frame)
+            if self._is_due(frame) or frame.is_done or (mask is not None and not _has(mask, token)):
+                return count
+        return len(drafts)
+
+    def commit(self, token: int) -> None:
+        """The answer goes on with a token."""
+        if len(self._frames) > 1 and self._frames[1].token != token:
+            self._shorten(1)
+        if len(self._frames) == 1:
+            self._push(token)
+        del self._frames[0]
+
+    def forced(self, *, room: int, stops: Sequence[int]) -> list[int]:
+        """What follows without a choice, at most ``room`` tokens; it counts as committed."""
+        found: list[int] = []
+        while len(found) < room and not self.is_done and self.failed is None:
+            if self.is_due:
+                some = self.rules.stop_thinking
+            else:
+                one = _only(self.mask())
+                some = () if one is None else (one,)
+            for token in some:
+                self.commit(token)
+            found += some
+            if not some or found[-1] in stops:
+                break
+        return found[:room]
+
+    # -- the way ---------------------------------------------------------------------------------
+
+    def _at(self, drafts: Sequence[int]) -> Frame:
+        same = 0
+        for frame, token in zip(self._frames[1:], drafts, strict=False):
+            if frame.token != token:
+                self._shorten(1 + same)
+                break
+            same += 1
+        for token in drafts[same:]:
+            self._push(token)
+        return self._frames[len(drafts)]
+
+    def _shorten(self, count: int) -> None:
+        """Forget places behind drafts until ``count`` are left."""
+        while len(self._frames) > count:
+            last = self._frames.pop()
+            if last.fed is not None:
+                last.fed.rollback(1)
+
+    def _push(self, token: int) -> None:
+        before, rules = self._frames[-1], self.rules
+        self._mask(before)  # the grammars move on below
+        state = rules.regions.next(before.state, token)
+        frame = Frame(state, token)
+        matcher = self._ruling(before)
+        frame.call = before.call
+        if rules.is_closed and token in rules.end_ids and before.state.region == "content":
+            frame.is_done = True
+        elif matcher is not None and self._is_text(before.state, state, token):
+            if matcher.consume(token):
+                frame.fed = matcher
+            elif self.failed is None:
+                self.failed = f"the grammar does not go on with token {token}"
+        if state.calls > before.state.calls:
+            frame.call = rules.call.begin() if rules.call else None
+        elif state.region != "tool":
+            frame.call = None
+        self._frames.append(frame)
+
+    def _ruling(self, frame: Frame) -> Matcher | None:
+        """The grammar in whose text a place is."""
+        state, rules = frame.state, self.rules
+        if rules.covers_calls:
+            return self._answer if state.region != "reasoning" else None
+        if state.region == "tool":
+            return frame.call
+        return self._answer if state.region == "content" and not state.calls else None
+
+    def _is_text(self, before: State, after: State, token: int) -> bool:
+        """Whether a token is part of what a grammar rules, not of the format around it."""
+        if self.rules.covers_calls:
+            return not (before.lead is not None and token in self.rules.regions.newlines)
+        if before.region == "tool":
+            # A tag spelled in the grammar's own text ends the region and is consumed.
+            return after.region == "tool" or self.rules.regions.tool[1].id is None
+        if after.region != before.region:
+            return False
+        return before.lead is None or token not in self.rules.regions.newlines
+
+    def _is_due(self, frame: Frame) -> bool:
+        budget = self.rules.budget
+        state = frame.state
+        return budget is not None and state.region == "reasoning" and state.thought >= budget
+
+    # -- masks -----------------------------------------------------------------------------------
+
+    def _mask(self, frame: Frame) -> np.ndarray | None:
+        if not frame.has_mask:
+            frame.mask, frame.has_mask = self._find_mask(frame), True
+        return frame.mask
+
+    def _find_mask(self, frame: Frame) -> np.ndarray | None:
+        rules, state = self.rules, frame.state
+        regions, matcher = rules.regions, self._ruling(frame)
+        opening = regions.tool[0].id
+        if state.region == "reasoning":
+            ends = rules.end_ids if rules.is_closed else ()
+            no_calls = rules.calls == "none" or (rules.answer and rules.calls == "free")
+            return self._without([*ends, *([opening] if no_calls and opening is not None else ())])
+        if state.region == "tool":
+            if matcher is None:
+                return None
+            words = self._filled(matcher)
+            closing = regions.tool[1].id
+            if closing is not None and not rules.covers_calls:
+                may_end = any(_has(words, token) for token in rules.end_ids)
+                _set(words, rules.end_ids, False)
+                _set(words, [closing] if may_end else [], True)
+            return words
+        extra = [token for token, n in regions.newlines.items() if n <= (state.lead or 0)]
+        thinks = regions.think[0].id
+        if thinks is not None and regions.may_think and not state.begun:
+            extra.append(thinks)
+        may_call = rules.calls in ("auto", "required") and (rules.parallel or not state.calls)
+        if may_call and not state.said and opening is not None and not rules.covers_calls:
+            extra.append(opening)
+        if matcher is not None:
+            words = self._filled(matcher)
+            _set(words, extra, True)
+            return words
+        if rules.is_closed and (state.calls or rules.calls == "required"):
+            again = [opening] if may_call and opening is not None else []
+            return self._only_these([*extra, *again, *(rules.end_ids if state.calls else ())])
+        if rules.calls == "none" or (state.calls and not rules.parallel):
+            return self._without([opening] if opening is not None else [])
+        return None
+
+    def _filled(self, matcher: Matcher) -> np.ndarray:
+        words = np.zeros(-(-self.rules.vocab_size // 32), dtype=np.uint32)
+        problem = matcher.fill(words)
+        ends = [token for token in self.rules.end_ids if _has(words, token)]
+        _set(words, self.rules.control_ids, False)
+        _set(words, ends, True)
+        if problem is not None or not words.any():
+            self.failed = self.failed or problem or "the grammar allows nothing"
+            _set(words, self.rules.end_ids, True)
+        return words
+
+    def _without(self, tokens: Sequence[int]) -> np.ndarray | None:
+        if not tokens:
+            return None
+        key = (-1, *tokens)
+        if key not in self._fixed:
+            words = np.full(-(-self.rules.vocab_size // 32), 0xFFFFFFFF, dtype=np.uint32)
+            _set(words, tokens, False)
+            self._fixed[key] = words
+        return self._fixed[key]
+
+    def _only_these(self, tokens: Sequence[int]) -> np.ndarray:
+        key = tuple(tokens)
+        if key not in self._fixed:
+            words = np.zeros(-(-self.rules.vocab_size // 32), dtype=np.uint32)
+            _set(words, tokens, True)
+            self._fixed[key] = words
+        return self._fixed[key]
+
+
+def _has(words: np.ndarray, token: int) -> bool:
+    return bool(words[token >> 5] >> np.uint32(token & 31) & np.uint32(1))
+
+
+def _set(words: np.ndarray, tokens: Sequence[int], value: bool) -> None:
+    for token in tokens:
+        bit = np.uint32(1 << (token & 31))
+        if value:
+            words[token >> 5] |= bit
+        else:
+            words[token >> 5] &= ~bit
+
+
+def _only(mask: np.ndarray | None) -> int | None:
+    """The token of a mask that allows one only."""
+    if mask is None:
+        return None
+    places = np.flatnonzero(mask)
+    if len(places) != 1:
+        return None
+    word = int(mask[places[0]])
+    return int(places[0]) * 32 + word.bit_length() - 1 if word & (word - 1) == 0 else None

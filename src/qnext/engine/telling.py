@@ -1,0 +1,124 @@
+"""How an answer grows: sampled and forced tokens, when they are told of, why it ends.
+
+Forced tokens are known before they are run. They join the output at once and are run like the rest
+of a prompt, in one step if they fit. Without log-probabilities they are told of at once, too; with
+them, when the row before each has been run.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from qnext.engine.request import Event, FinishReason, Request, Usage
+from qnext.engine.sampler import logprobs_of
+from qnext.engine.scheduler import Sequence as Running
+
+
+def stop_ids(request: Request) -> tuple[int, ...]:
+    """Tokens that end a request."""
+    eos = () if request.params.ignore_eos else request.eos_ids
+    return (*eos, *request.params.stop_token_ids)
+
+
+def step_on(sequence: Running, token: int, *, after: int) -> FinishReason | None:
+    """Note a sampled token; why the answer ends with it, being ``after`` tokens long."""
+    guide = sequence.guide
+    if guide is not None:
+        guide.commit(token)
+    return _end(sequence, token, after)
+
+
+def _end(sequence: Running, token: int, length: int) -> FinishReason | None:
+    guide = sequence.guide
+    if token in stop_ids(sequence.request) or (guide is not None and guide.is_done):
+        return "stop"
+    if guide is not None and guide.failed is not None:
+        return "error"
+    return "length" if length == sequence.max_tokens else None
+
+
+def force(sequence: Running) -> None:
+    """Add what follows the output without a choice."""
+    assert sequence.guide is not None
+    found = sequence.guide.forced(
+        room=sequence.max_tokens - len(sequence.output_ids), stops=stop_ids(sequence.request)
+    )
+    if found:
+        sequence.output_ids.extend(found)
+        sequence.counts.update(found)
+        sequence.forced += len(found)
+        sequence.ends = _end(sequence, found[-1], len(sequence.output_ids))
+
+
+def known_rows(sequence: Running, count: int) -> range:
+    """Of the next ``count`` rows of a sequence, those before forced tokens to be told of.
+
+    Empty unless log-probabilities are wanted.
+    """
+    if sequence.request.params.logprobs is None:
+        return range(0)
+    start = sequence.done
+    first = sequence.settled - 1 - start
+    return range(max(first, 0), max(first, 0, min(count, sequence.length - 1 - start)))
+
+
+def note_forced(sequence: Running, logits: Tensor) -> None:
+    """Log-probabilities of forced tokens, from the rows [n, V] before them."""
+    top = sequence.request.params.logprobs
+    if top is None or not len(logits):
+        return
+    first = sequence.told + len(sequence.untold)
+    tokens = sequence.output_ids[first : first + len(logits)]
+    found = logprobs_of(logits, tokens, [top] * len(tokens))
+    sequence.untold += found
+    if first < sequence.lead:
+        sequence.lead_logprobs += found
+
+
+def is_untold(sequence: Running) -> bool:
+    """Whether there is something to tell although nothing was sampled."""
+    return bool(sequence.untold) or (
+        sequence.ends is not None and sequence.request.params.logprobs is None
+    )
+
+
+def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None) -> Event:
+    """Add sampled tokens, and what is forced behind them, to an answer; the event about it."""
+    sequence.output_ids.extend(emitted)
+    sequence.counts.update(emitted)
+    if reason is not None:
+        sequence.ends = reason
+    elif emitted and sequence.guide is not None:
+        force(sequence)
+    logprobs = ()
+    if sequence.request.params.logprobs is None:
+        ready = len(sequence.output_ids)
+    else:
+        ready = sequence.told + len(sequence.untold)
+        logprobs, sequence.untold = tuple(sequence.untold), []
+    tokens = tuple(sequence.output_ids[sequence.told : ready])
+    scored = () if sequence.told else tuple(sequence.prompt_logprobs)
+    sequence.told = ready
+    return Event(
+        request_id=sequence.request.id,
+        token_ids=tokens,
+        finish_reason=sequence.ends if ready == len(sequence.output_ids) else None,
+        usage=usage_of(sequence),
+        logprobs=logprobs,
+        prompt_logprobs=scored,
+    )
+
+
+def usage_of(sequence: Running) -> Usage:
+    """What a request has cost so far, in tokens that events have told of."""
+    return Usage(
+        prompt_tokens=len(sequence.request.prompt_ids),
+        completion_tokens=sequence.told,
+        cached_tokens=sequence.report.cached if sequence.report else 0,
+        cache=sequence.report,
+        reasoning_tokens=sequence.guide.state.thought if sequence.guide else 0,
+        drafted_tokens=sequence.drafted,
+        accepted_tokens=sequence.accepted,
+        forced_tokens=sequence.forced,
+        near_ties=sequence.near_ties,
+    )
