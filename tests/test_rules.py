@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "answers": {"engine", "text"},
     "rules": {"engine", "text", "errors"},
     "llm": {"answers", "rules", "engine", "model", "native", "text", "weights", "config", "errors"},
-    "serve": {"answers", "engine", "text", "weights", "llm", "cost", "errors"},
+    "serve": {"__init__", "answers", "engine", "text", "weights", "llm", "cost", "errors"},
     "serve_command": {"serve", "llm", "engine", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
             "doctor", "info", "terminal_chat", "cache_command", "serve_command",

@@ -4,6 +4,7 @@ Names ending in ``_chat`` are lessons: loss on the assistant only. Everything el
 beginning to end. ``sources.py`` and ``documents.py`` turn rows into texts.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from recipes.mini.chats import Chat as Talk
 from qnext.data import reading
 from qnext.data.chats import Chat
 from qnext.data.generate import arithmetic, reasoning, recall, stories
+from qnext.data.generate.exercise import is_held_out
 from qnext.data.licences import Licence
 from qnext.data.prepare import Document, Plan, Source
 
@@ -131,6 +133,8 @@ def _long_texts(
     rows = sources.read_rows(entry, data)
     if entry.name == "gsm8k":
         for number, row in enumerate(rows):
+            if _uses_held_out(row["answer"]):
+                continue
             text = f"Question: {row['question']}\nAnswer: {_worked_answer(row['answer'])}"
             yield Document(id=f"gsm8k/{number}", item=text)
         return
@@ -161,6 +165,12 @@ def _long_texts(
 
 def _joined(name: str, number: int, parts: list[str]) -> Document:
     return Document(id=f"{name}@{number}", item="\n\n".join(parts), held_out=False)
+
+
+def _uses_held_out(solution: str) -> bool:
+    """Whether a solution works out a pair of numbers that is kept for evaluation."""
+    found = re.findall(r"(?<![\d.])(\d+) ?[+*x-] ?(\d+)(?![\d.])", solution)
+    return any(is_held_out(int(a), int(b)) for a, b in found)
 
 
 def _worked_answer(text: str) -> str:

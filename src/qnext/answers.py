@@ -38,6 +38,8 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     """None until the last delta."""
+    stop_string: str | None = None
+    """The stop string that ended the answer, if one did."""
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
@@ -166,6 +168,7 @@ class TextReader:
             parts=tuple(parts),
             token_ids=tuple(event.token_ids[:used]),
             finish_reason="stop" if self.stopped else event.finish_reason,
+            stop_string=self._stop.matched,
             usage=replace(
                 event.usage,
                 completion_tokens=self._used,

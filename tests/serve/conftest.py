@@ -33,6 +33,13 @@ def live(tiny_folder) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="session")
+def mini_live() -> Iterator[Live]:
+    """A server of the embedded model, whose context has room for tools."""
+    with running(LLM(max_num_seqs=8)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def thinking_folder(tiny_folder, tmp_path_factory) -> Path:
     """The tiny model with a template that lets it think."""
     folder = tmp_path_factory.mktemp("models") / "thinker"

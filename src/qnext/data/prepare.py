@@ -166,6 +166,8 @@ def prepare(
         ) -> Iterator[Document]:
             for document in source.documents():
                 passed = sieve.keep(document, counts)
+                if counts.read % 500 == 0:
+                    bar.set_postfix_str(f"{source.name}, {counts.read:,} documents")
                 if passed is None:
                     continue
                 if source.held_out_only or is_held_out(passed, plan.held_out):
@@ -255,19 +257,21 @@ def tokenizer_texts(plan: Plan, size: int) -> Iterator[str]:
         budget = int(size * source.sample_share / total)
         if not budget:
             continue
-        texts = [
-            text
-            for document in source.documents()
-            for text in (
-                [document.item] if isinstance(document.item, str) else _said(document.item)
-            )
-        ]
-        length = sum(map(len, texts))
-        step = max(1.0, length / budget)
-        at = 0.0
-        while at < len(texts):
-            yield cleaning.clean(texts[int(at)])
-            at += step
+        # Twice through the documents, so that they need not all be in memory.
+        length = sum(map(len, _texts_of(source)))
+        if not length:
+            continue
+        owed = 1.0
+        for text in _texts_of(source):
+            owed += min(1.0, budget / length) * len(text)
+            if owed > 0:
+                yield cleaning.clean(text)
+                owed -= len(text)
+
+
+def _texts_of(source: Source) -> Iterator[str]:
+    for document in source.documents():
+        yield from [document.item] if isinstance(document.item, str) else _said(document.item)
 
 
 def file_source(
@@ -309,7 +313,7 @@ def _said(chat: Chat) -> list[str]:
                 texts.append(message[key])
         for call in message.get("tool_calls") or ():
             texts.append(json.dumps(call, ensure_ascii=False))
-    if chat.cut_thinking:
+    if chat.cut_thinking is not None:
         texts.append(chat.cut_thinking)
     return texts
 

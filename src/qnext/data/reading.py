@@ -44,13 +44,11 @@ def read_rows(
     columns: Sequence[str] = ("text", "messages"),
     utf8: Utf8 = "strict",
     max_line_bytes: int = MAX_LINE_BYTES,
-    started: "list[int] | None" = None,
 ) -> Iterator[Row]:
     """Rows of one file; its format is told by its name (``.txt.gz``, ``.jsonl.xz``, ...).
 
-    ``columns`` are those read from Parquet files, where they exist. ``started``, a list of one
-    number, is kept at the bytes read from disk so far, for a progress bar. Raises DataError for a
-    file that is missing, empty, damaged, of an unknown format, or not UTF-8.
+    ``columns`` are those read from Parquet files, where they exist. Raises DataError for a file
+    that is missing, empty, damaged, of an unknown format, or not UTF-8.
     """
     file = Path(path)
     kind = format_of(file)
@@ -67,8 +65,6 @@ def read_rows(
         with file.open("rb") as raw, _decompressed(raw, file) as stream:
             for row in rows(stream, file, utf8, max_line_bytes):
                 found = True
-                if started is not None:
-                    started[0] = raw.tell()
                 yield row
     except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(

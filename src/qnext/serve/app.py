@@ -32,9 +32,12 @@ from qnext.serve.answering import EventStream, failed, run_to_end
 from qnext.serve.api.chat import ChatRequest
 from qnext.serve.api.completions import CompletionRequest
 from qnext.serve.api.fields import Head
+from qnext.serve.api.messages import CountRequest, MessagesRequest
+from qnext.serve.api.responses import ResponsesRequest
 from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 from qnext.serve.gate import Gate, Rules
 from qnext.serve.metrics import MEDIA_TYPE, Metrics
+from qnext.serve.openapi import document
 from qnext.serve.reading import Body, read_body
 from qnext.serve.refusals import ApiError, shape_of
 from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, Worker
@@ -42,8 +45,11 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
-Generating = ChatRequest | CompletionRequest
-ID_PREFIXES: dict[type, str] = {ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-"}
+Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
+ID_PREFIXES: dict[type, str] = {
+    ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-", ResponsesRequest: "resp_",
+    MessagesRequest: "msg_",
+}  # fmt: skip
 
 _log = logging.getLogger(__name__)
 _UI = Path(__file__).resolve().parent / "ui"
@@ -90,6 +96,9 @@ def create_app(
     routes: dict[str, tuple[Callable[[HttpRequest], Awaitable[Response]], str]] = {
         "/v1/chat/completions": (service.generating(ChatRequest), "POST"),
         "/v1/completions": (service.generating(CompletionRequest), "POST"),
+        "/v1/responses": (service.generating(ResponsesRequest), "POST"),
+        "/v1/messages": (service.generating(MessagesRequest), "POST"),
+        "/v1/messages/count_tokens": (service.answering(CountRequest), "POST"),
         "/v1/models": (service.models, "GET"),
         "/v1/models/{model:path}": (service.model, "GET"),
         "/tokenize": (service.answering(TokenizeRequest), "POST"),
@@ -97,6 +106,7 @@ def create_app(
         "/health": (service.health, "GET"),
         "/metrics": (service.metrics_page, "GET"),
         "/cache/explain": (service.explain, "GET"),
+        "/openapi.json": (_document, "GET"),
         **{path: (_page_file(*what), "GET") for path, what in _PAGE.items()},
     }
     middleware = [Middleware(Gate, rules=rules, metrics=service.metrics)]
@@ -344,6 +354,11 @@ async def _internal_error(http: HttpRequest, error: Exception) -> Response:
 
 
 # -- the page ----------------------------------------------------------------------------------
+
+
+async def _document(http: HttpRequest) -> Response:
+    """GET /openapi.json"""
+    return _json(document())
 
 
 def _page_file(name: str, media_type: str) -> Any:

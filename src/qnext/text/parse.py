@@ -155,6 +155,11 @@ class StopMatcher:
         self._held = ""
         self._matched: str | None = None
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._matched
+
     def push(self, text: str) -> StopResult:
         """Take in text; after a stop string has matched, everything further is ignored."""
         if self._matched is not None:

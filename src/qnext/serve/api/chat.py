@@ -1,22 +1,30 @@
 """``POST /v1/chat/completions``: OpenAI's conversations."""
 
+import secrets
 from typing import Any, Literal
 
 import msgspec
 
 from qnext.answers import Delta
+from qnext.engine.request import StructuredOutputs
 from qnext.errors import RequestError
 from qnext.llm import LLM
 from qnext.serve.api.fields import (
+    Effort,
     Head,
     Pairs,
+    ResponseFormat,
     Sampling,
     StreamOptions,
+    Tool,
+    Turn,
     template_options,
+    thinking_budget,
 )
 from qnext.serve.api.gathered import Gathered, LogprobsText, usage_body
 from qnext.serve.events import DONE, event
 from qnext.serve.refusals import ApiError
+from qnext.text.calls.parts import CallArguments, CallStart, Part, Piece
 
 MAX_TOP_LOGPROBS = 20
 
@@ -72,21 +80,32 @@ class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit
         return found
 
 
+class NamedFunction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one function that must be called."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
 class ChatRequest(Sampling, kw_only=True):
     """A conversation to answer."""
 
     IGNORED = frozenset(
         {
             "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-            "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls", "verbosity",
+            "prompt_cache_options", "prompt_cache_retention", "verbosity",
         }
     )  # fmt: skip
     REFUSED = {  # noqa: RUF012
-        "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-        "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-        "modalities": (["text"],), "audio": (), "prediction": (), "web_search_options": (),
-        "moderation": (), "use_beam_search": (False,), "guided_json": (), "guided_regex": (),
-        "guided_choice": (), "guided_grammar": (), "thinking_budget": (), "reasoning_effort": (),
+        "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
+        "audio": (), "prediction": (), "web_search_options": (), "moderation": (),
+        "use_beam_search": (False,),
     }  # fmt: skip
 
     messages: list[ChatMessage]
@@ -97,6 +116,16 @@ class ChatRequest(Sampling, kw_only=True):
     enable_thinking: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    thinking_budget: int | None = None
+    reasoning_effort: Effort | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def limit(self) -> int | None:
         """Most tokens to generate, from either spelling."""
@@ -109,7 +138,8 @@ class ChatRequest(Sampling, kw_only=True):
 
     def prepare(self, llm: LLM) -> Pairs:
         """The requests that answer it. Raises QnextError for what cannot be answered."""
-        options, thinks = template_options(self.chat_template_kwargs, self.enable_thinking, None)
+        budget = thinking_budget(self.thinking_budget, self.reasoning_effort)
+        options, thinks = template_options(self.chat_template_kwargs, self.enable_thinking, budget)
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise RequestError(
@@ -118,15 +148,43 @@ class ChatRequest(Sampling, kw_only=True):
             options["continue_final_message"] = True
         elif self.add_generation_prompt is False:
             options["add_generation_prompt"] = False
-        params = self.params(llm, logprobs=self._wanted_logprobs())
-        return llm.choices(
-            *llm.prepare_chat(
-                [message.for_template() for message in self.messages],
-                params,
-                enable_thinking=thinks,
-                template_options=options,
-            )
-        )
+        return Turn(
+            messages=[message.for_template() for message in self.messages],
+            params=self.params(
+                llm,
+                logprobs=self._wanted_logprobs(),
+                thinking_budget=budget,
+                structured_outputs=self._form(),
+            ),
+            tools=[tool.for_template() for tool in self.tools or ()],
+            tool_choice=self._choice(),
+            parallel=self.parallel_tool_calls is not False,
+            enable_thinking=thinks,
+            options=options,
+        ).pairs(llm)
+
+    def _form(self) -> StructuredOutputs | None:
+        """The form the answer must have, from OpenAI's field or those of other servers."""
+        found = {
+            "response_format": self.response_format and self.response_format.form(),
+            "guided_json": self.guided_json is not None
+            and StructuredOutputs(json_schema=self.guided_json),
+            "guided_regex": self.guided_regex is not None
+            and StructuredOutputs(regex=self.guided_regex),
+            "guided_choice": self.guided_choice is not None
+            and StructuredOutputs(choice=tuple(self.guided_choice)),
+            "guided_grammar": self.guided_grammar is not None
+            and StructuredOutputs(grammar=self.guided_grammar),
+        }
+        given = [name for name, value in found.items() if value]
+        if len(given) > 1:
+            raise RequestError(f"{given[1]}: contradicts {given[0]}; give one of them.")
+        return found[given[0]] or None if given else None
+
+    def _choice(self) -> str | dict[str, Any]:
+        if isinstance(self.tool_choice, NamedChoice):
+            return {"name": self.tool_choice.function.name}
+        return self.tool_choice or "auto"
 
     def writer(self, llm: LLM, head: Head) -> "ChatWriter":
         """Writes the answer."""
@@ -155,6 +213,8 @@ class ChatWriter:
         hidden = () if asked.ignore_eos else (*llm.eos_ids, *(asked.stop_token_ids or ()))
         self._logprobs = LogprobsText(llm.tokenizer, hidden) if asked.logprobs else None
         self._head = head
+        self._call_ids: dict[tuple[int, int], str] = {}
+        """(choice, number of the call) -> its id."""
         self._chunk_head = {
             "id": head.id, "object": "chat.completion.chunk", "created": head.created,
             "model": head.model,
@@ -183,19 +243,40 @@ class ChatWriter:
         )
 
     def piece(self, index: int, delta: Delta) -> bytes:
-        """Chunks of one delta: text first, then the reason the answer ended."""
+        """Chunks of one delta: its parts in order, then the reason the answer ended."""
         self.take(index, delta)
-        parts = {}
-        if delta.reasoning:
-            parts["reasoning_content"] = delta.reasoning
-        if delta.text:
-            parts["content"] = delta.text
-        events = b""
-        if parts or (self._logprobs is not None and delta.logprobs):
-            events = self._chunk(index, parts, None, delta)
+        events, source = b"", delta
+        for part in delta.parts:
+            found = self._part(index, part)
+            if found is not None:
+                # The tokens of a step belong together; they go with its first part.
+                events += self._chunk(index, found, None, source)
+                source = None
+        if source is not None and self._logprobs is not None and delta.logprobs:
+            events += self._chunk(index, {}, None, source)
         if delta.finish_reason is not None:
-            events += self._chunk(index, {}, delta.finish_reason)
+            events += self._chunk(index, {}, self._reason(self._choices[index]))
         return events
+
+    def _part(self, index: int, part: Part) -> dict[str, Any] | None:
+        """What a part adds to the message; None for nothing."""
+        match part:
+            case Piece("reasoning", text):
+                return {"reasoning_content": text}
+            case Piece(_, text):
+                return {"content": text}
+            case CallStart(number, name):
+                call = {
+                    "index": number, "id": self._call_id(index, number), "type": "function",
+                    "function": {"name": name, "arguments": ""},
+                }  # fmt: skip
+                return {"tool_calls": [call]}
+            case CallArguments(number, text):
+                return {"tool_calls": [{"index": number, "function": {"arguments": text}}]}
+        return None
+
+    def _call_id(self, index: int, number: int) -> str:
+        return self._call_ids.setdefault((index, number), f"call_{secrets.token_hex(12)}")
 
     def closing(self) -> bytes:
         """The usage, where it was asked for, and the end."""
@@ -211,9 +292,17 @@ class ChatWriter:
         return usage_body(self._choices, per_prompt=len(self._choices), explain=self._explain)
 
     def _choice(self, index: int, found: Gathered) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": found.text}
-        if found.reasoning:
-            message["reasoning_content"] = found.reasoning
+        output = found.output
+        calls = [
+            {"id": self._call_id(index, number), **call.as_message()}
+            for number, call in enumerate(output.tool_calls)
+        ]
+        content = output.content if output.content or not calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if output.reasoning:
+            message["reasoning_content"] = output.reasoning
+        if calls:
+            message["tool_calls"] = calls
         logprobs = None
         if self._logprobs is not None:
             logprobs = {"content": self._logprobs.content(found.logprobs), "refusal": None}
@@ -221,8 +310,16 @@ class ChatWriter:
             "index": index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": found.finish_reason,
+            "finish_reason": self._reason(found),
         }
+
+    @staticmethod
+    def _reason(found: Gathered) -> str | None:
+        return (
+            "tool_calls"
+            if found.finish_reason == "stop" and found.has_called
+            else found.finish_reason
+        )
 
     def _chunk(
         self, index: int, delta: dict[str, Any], reason: str | None, source: Delta | None = None

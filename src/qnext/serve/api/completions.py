@@ -111,7 +111,7 @@ class CompletionWriter:
             choices.append(
                 {
                     "index": index,
-                    "text": self._prompt_text(index) + found.text,
+                    "text": self._prompt_text(index) + found.output.content,
                     "logprobs": logprobs,
                     "finish_reason": found.finish_reason,
                 }

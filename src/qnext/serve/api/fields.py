@@ -1,13 +1,13 @@
 """Fields that several interfaces share, and what they mean to the model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from qnext.answers import TextReader
-from qnext.engine.request import Request, SamplingParams
+from qnext.engine.request import Request, SamplingParams, StructuredOutputs
 from qnext.errors import RequestError
 from qnext.llm import LLM
 from qnext.serve.reading import RequestBody
@@ -69,6 +69,95 @@ class Head:
     model: str
     created: int
     """Seconds since 1970."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """A conversation the model is to carry on, whatever interface it came through."""
+
+    messages: list[dict[str, Any]]
+    params: SamplingParams
+    tools: list[dict[str, Any]]
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel: bool = True
+    """Whether an answer may hold several calls."""
+    enable_thinking: bool | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further ones of the chat template."""
+
+    def pairs(self, llm: LLM) -> Pairs:
+        """The requests that answer it. Raises QnextError for what cannot be answered."""
+        return llm.choices(
+            *llm.prepare_chat(
+                self.messages,
+                self.params,
+                enable_thinking=self.enable_thinking,
+                tools=self.tools or None,
+                tool_choice=self.tool_choice,
+                parallel_tool_calls=self.parallel,
+                template_options=self.options,
+                parse_tools=self.tool_choice != "none",
+            )
+        )
+
+
+class Function(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments."""
+    strict: bool | None = None
+    """Bind the arguments to the schema."""
+
+
+class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool, which is a function."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as templates know it."""
+        return {"type": "function", "function": msgspec.to_builtins(self.function)}
+
+
+def function_tool(
+    name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None
+) -> dict[str, Any]:
+    """A tool as templates know it."""
+    function = Function(name=name, description=description, parameters=parameters, strict=strict)
+    return Tool(function=function).for_template()
+
+
+class JsonSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A named schema."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def form(self) -> StructuredOutputs | None:
+        """What the engine holds the answer to; None for plain text."""
+        if self.type == "json_schema":
+            schema = self.json_schema and self.json_schema.schema
+            if schema is None:
+                raise RequestError("response_format.json_schema.schema: required and missing.")
+            return StructuredOutputs(json_schema=schema)
+        if self.json_schema is not None:
+            raise RequestError(
+                f"response_format.json_schema: goes with type 'json_schema', not {self.type!r}."
+            )
+        return StructuredOutputs(json_object=True) if self.type == "json_object" else None
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

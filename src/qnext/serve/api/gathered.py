@@ -6,6 +6,7 @@ from typing import Any
 
 from qnext.answers import Delta
 from qnext.engine.request import FinishReason, TokenLogprobs, Usage
+from qnext.text.calls.parts import CallEnd, Output, Part, assemble
 from qnext.text.tokenizer import Tokenizer
 
 
@@ -13,31 +14,27 @@ from qnext.text.tokenizer import Tokenizer
 class Gathered:
     """The deltas of one choice, put together."""
 
-    texts: list[str] = field(default_factory=list)
-    reasonings: list[str] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
     def take(self, delta: Delta) -> None:
         """Add a delta."""
-        if delta.text:
-            self.texts.append(delta.text)
-        if delta.reasoning:
-            self.reasonings.append(delta.reasoning)
+        self.parts += delta.parts
         if delta.logprobs:
             self.logprobs += delta.logprobs
         self.finish_reason, self.usage = delta.finish_reason, delta.usage
 
     @property
-    def text(self) -> str:
-        """The visible answer."""
-        return "".join(self.texts)
+    def output(self) -> Output:
+        """Reasoning, content and calls so far."""
+        return assemble(self.parts)
 
     @property
-    def reasoning(self) -> str:
-        """The think block."""
-        return "".join(self.reasonings)
+    def has_called(self) -> bool:
+        """Whether a complete call is among it."""
+        return any(isinstance(part, CallEnd) for part in self.parts)
 
 
 def usage_body(choices: Iterable[Gathered], *, per_prompt: int, explain: bool) -> dict[str, Any]:
