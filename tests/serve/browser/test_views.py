@@ -229,3 +229,19 @@ def test_axe_finds_nothing_serious(visit, scheme) -> None:
     page.get_by_role("link", name="Dashboard").click()
     page.locator(".cards").get_by_text("Throughput").wait_for()
     check("dashboard")
+
+
+# -- narrow screens ------------------------------------------------------------------------------
+
+
+def test_nothing_sticks_out_of_a_narrow_screen(visit) -> None:
+    page = visit()
+    page.set_viewport_size({"width": 360, "height": 700})
+    ask(page, STORY)
+    for view in ("Chat", "Inspect", "Dashboard"):
+        page.get_by_role("link", name=view, exact=True).click()
+        page.locator(".chips, .cards, #prompt").filter(visible=True).first.wait_for()
+        for part in ("html", "main:not([hidden])"):
+            width = page.locator(part).evaluate("part => part.scrollWidth")
+            assert width <= 360, (view, part)
+        assert page.get_by_role("button", name="Settings").is_visible()
