@@ -146,16 +146,16 @@ class Decoder {
  private:
   struct Work;
   void reserve(const Step& step, int threads, bool is_mtp);
-  void run_layer(const Layer& layer, const Step& step, Team& team);
+  void run_layer(const Layer& layer, const Step& step, Team& team, const Layer* next);
   void attention(const Layer& layer, const Step& step, Team& team);
   void delta(const Layer& layer, const Step& step, Team& team);
   AttentionJob attention_job(const Layer& layer) const;
   DeltaLayer delta_layer(const Layer& layer) const;
   DeltaSequence delta_sequence(const Layer& layer, int64_t slot, int64_t pending) const;
   void fill_delta_sequences(const Layer& layer, const Step& step);
-  void feed_forward(const Layer& layer, const Step& step, Team& team);
+  void feed_forward(const Layer& layer, const Step& step, Team& team, const Layer* next);
   void group_by_expert(int64_t experts, int64_t rows);
-  void project_back(const Matrix& w, int64_t rows, Team& team);
+  void project_back(const Layer& layer, int64_t rows, Team& team);
   void rotary_table(const Step& step, Team& team);
   void finish(const Step& step, const float* norm, Team& team);
 

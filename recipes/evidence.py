@@ -1,6 +1,6 @@
 """What the parts of the architecture are good for, at a size that trains in minutes.
 
-    python -m recipes.evidence [--tokens 3e6] [--record]
+    python -m recipes.evidence [--tokens 2e6] [--record]
 
 Seven runs of the same length on the same batches in the same order:
 
@@ -177,7 +177,7 @@ def equal_width(shape: str) -> int:
     return min(range(128, 768, 8), key=lambda width: abs(size(shape, width) - wanted))
 
 
-def recipe(shape: str = "hybrid", *, tokens: float = 3e6, mtp: str = "on", seed: int = 1) -> Recipe:
+def recipe(shape: str = "hybrid", *, tokens: float = 2e6, mtp: str = "on", seed: int = 1) -> Recipe:
     """One run. ``mtp``: on, off, or late (in the last fifth only)."""
     peak, floor, from_share = 4e-3, 0.05, 0.4
     border = 0.8
@@ -394,7 +394,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    parser.add_argument("--tokens", type=float, default=3e6, help="of each run")
+    parser.add_argument("--tokens", type=float, default=2e6, help="of each run")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.mini import smalltalk
 from recipes.mini.story_chats import story_chat
 
-from qnext.data.chats import BUDGET_END, Chat
+from qnext.data.chats import Chat
 from qnext.data.generate import arithmetic, reasoning, recall, stories
 from qnext.data.generate.exercise import Exercise
 from qnext.data.generate.tools import tool_chat
@@ -74,9 +74,7 @@ def cut(rng: Random, made: Exercise) -> Chat:
     """A trace that ends early, the sentence the engine writes then, and the answer."""
     words = made.trace.split(" ")
     kept = " ".join(words[: rng.randint(0, max(0, len(words) - 1))])
-    return _asked(
-        made.question, made.answer, cut_thinking=f"<think>\n{kept}{BUDGET_END}", learn="answer"
-    )
+    return _asked(made.question, made.answer, cut_thinking=kept, learn="answer")
 
 
 def direct(rng: Random, made: Exercise) -> Chat:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from recipes.mini import batches, data, losses, ops, optim
+from recipes.mini import batches, data, losses, optim
 from recipes.mini.sources import SOURCES
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from qnext.config import ModelConfig
 from qnext.errors import DataError
 from qnext.model.model import CausalLM, Taps, initialise
+from qnext.ops import OpSpec, select
 
 ALLOCATOR = (
     "MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=100000000000 "
@@ -179,7 +180,7 @@ class Run:
     ) -> None:
         self.plan, self.folder, self.seconds = plan, folder, seconds
         folder.mkdir(parents=True, exist_ok=True)
-        self.model = CausalLM(config, ops=ops.training_ops())
+        self.model = CausalLM(config, ops=select(OpSpec(grad=True)))
         initialise(self.model, seed)
         optim.cast_parameters(self.model, torch.float32)
         self.optimiser = optim.Optimiser(self.model, use_muon=use_muon)

@@ -272,12 +272,13 @@ def test_tool_calls_and_the_answer_after_them_share_a_sample(encoder: ChatEncode
 def test_a_cut_think_block_teaches_the_answer_only(encoder: ChatEncoder) -> None:
     chat = Chat(
         messages=(ASK, {"role": "assistant", "content": "5."}),
-        cut_thinking="<think>\ntwo and" + BUDGET_END,
+        cut_thinking="two and",
         learn="answer",
     )
     [sample] = encoder.samples(chat)
     assert judged(encoder, chat) == ["5.<|im_end|>"]
-    assert encoder.tokenizer.decode(sample.ids).endswith("directly now.\n</think>\n\n5.<|im_end|>")
+    text = encoder.tokenizer.decode(sample.ids)
+    assert text.endswith("<think>\ntwo and" + BUDGET_END + "5.<|im_end|>")
 
 
 def test_everything_said_can_be_judged(encoder: ChatEncoder) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qnext.model.batch import TokenBatch
+from qnext.model.model import CausalLM
+from qnext.ops import OpSpec, select
 
 CHUNK_SPLITS = (1, 2, 3, 4, 16, 17, 63, 64, 65, 128)
 
@@ -226,6 +228,20 @@ class TestGradients:
         assert set(want) <= set(got)
         for name, error in relative_errors(got, want).items():
             assert_close.note("gradient, relative", error)
+            assert error <= 1e-3, f"{name}: relative error {error:.1e}"
+
+    def test_gradients_by_the_training_ops(self, pair, assert_close):
+        """Backward passes written by hand, the same bound; packed with strangers at that."""
+        trained = CausalLM(pair.config, ops=select(OpSpec(grad=True)))
+        trained.load_state_dict(pair.ours.state_dict())
+        logits = pair.theirs(pair.ids[None]).logits[0]
+        want = gradients(F.cross_entropy(logits, pair.labels[0]), pair.theirs)
+        batch = TokenBatch.pack(list(pair.sequences))
+        rows = trained.lm_logits(trained.run(batch)[: len(pair.ids)])
+        assert_close("training ops", rows.detach(), pair.want, BOUND)
+        got = gradients(F.cross_entropy(rows, pair.labels[0]), trained)
+        for name, error in relative_errors(got, want).items():
+            assert_close.note("gradient of the training ops, relative", error)
             assert error <= 1e-3, f"{name}: relative error {error:.1e}"
 
     def test_no_gradient_is_missing(self, pair_named):

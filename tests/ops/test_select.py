@@ -79,7 +79,7 @@ class TestPreference:
 
     def test_unknown_backend_lists_the_known_ones(self):
         with pytest.raises(
-            BackendError, match="experts=fast: no such backend; experts has torch, inv"
+            BackendError, match="experts=fast: no such backend; experts has training, torch, inv"
         ):
             select(prefer={"experts": "fast"})
 
@@ -138,3 +138,15 @@ class TestEnvironment:
     def test_empty(self, monkeypatch):
         monkeypatch.setenv("QNEXT_OPS", "")
         assert select().report == select(OpSpec()).report
+
+
+class TestTraining:
+    def test_backward_passes_by_hand_are_taken_where_gradients_are_asked_for(self):
+        report = select(OpSpec(grad=True)).report
+        for op in ("experts", "causal_conv", "gated_delta_whole", "attention", "rms_norm_gated"):
+            assert f"{op}: training" in report
+        assert not any("training" in line for line in select(OpSpec()).report)
+
+    def test_named_for_serving_they_are_refused(self):
+        with pytest.raises(BackendError, match="experts=training: no gradients are asked for"):
+            select(prefer={"experts": "training"})

@@ -16,7 +16,6 @@ from recipes.mini import (
     data,
     documents,
     losses,
-    ops,
     optim,
     smalltalk,
     sources,
@@ -29,7 +28,6 @@ from qnext.config import ModelConfig
 from qnext.data.generate import stories
 from qnext.errors import DataError
 from qnext.model.model import CausalLM, initialise
-from qnext.ops import Segments, select
 from qnext.text.chat import ChatTemplate
 
 LINES = [
@@ -272,7 +270,7 @@ def test_a_story_is_held_out_with_all_its_parts():
     assert all(documents.is_held_out(f"{name}#{part}") for name in out for part in range(3))
 
 
-# ---------------------------------------------------------------- ops and losses
+# ---------------------------------------------------------------- losses
 
 
 def compare(ours, reference, inputs, tolerance):
@@ -290,60 +288,6 @@ def compare(ours, reference, inputs, tolerance):
         torch.testing.assert_close(
             mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()) + 1e-6
         )
-
-
-@pytest.mark.parametrize("lengths", [(1,), (31, 32, 33), (7, 70, 1, 64)])
-def test_delta_rule_for_training_equals_the_reference(lengths):
-    segments, P, U, W, K, M = Segments.of(lengths, "cpu"), sum(lengths), 2, 4, 8, 12
-    random = torch.Generator().manual_seed(0)
-    unit = torch.nn.functional.normalize
-    q, k = (unit(torch.randn(P, U, K, generator=random), dim=-1) for _ in range(2))
-    k[P // 2 :] = k[P // 2]  # repeated keys make the triangle hard to invert
-    v = torch.randn(P, W, M, generator=random)
-    g = -torch.rand(P, W, generator=random) * torch.tensor([0.01, 0.5, 3.0, 30.0])
-    beta = torch.sigmoid(2 * torch.randn(P, W, generator=random))
-    names = ("q", "k", "v", "g", "beta")
-
-    def run(function):
-        def call(*tensors):
-            inputs = dict(zip(names, tensors, strict=True))
-            return function(**inputs, state=None, segments=segments)[0]
-
-        return call
-
-    reference = select(prefer={"gated_delta_chunk": "reference"}).gated_delta_chunk
-    compare(run(ops.gated_delta_chunk), run(reference), (q * K**-0.5, k, v, g, beta), 2e-5)
-
-
-def test_convolution_for_training_equals_the_reference():
-    segments = Segments.of((1, 2, 3, 4, 9), "cpu")
-    random = torch.Generator().manual_seed(0)
-    inputs = (torch.randn(19, 6, generator=random), torch.randn(6, 4, generator=random))
-    reference = select(prefer={"causal_conv": "reference"}).causal_conv
-
-    def run(function):
-        return lambda x, weight: function(x=x, weight=weight, state=None, segments=segments)[0]
-
-    compare(run(ops.causal_conv), run(reference), inputs, 1e-5)
-
-
-def test_experts_for_training_equal_the_reference_even_if_one_gets_nothing():
-    random = torch.Generator().manual_seed(0)
-    scores = torch.randn(23, 5, generator=random)
-    scores[:, 4] = -9.0
-    weights, ids = scores.softmax(-1).topk(2)
-    inputs = (
-        torch.randn(23, 8, generator=random),
-        weights,
-        torch.randn(5, 12, 8, generator=random),
-        torch.randn(5, 8, 6, generator=random),
-    )
-    reference = select(prefer={"experts": "reference"}).experts
-
-    def run(function):
-        return lambda h, w, up, down: function(h=h, ids=ids, weights=w, gate_up=up, down=down)
-
-    compare(run(ops.experts), run(reference), inputs, 1e-5)
 
 
 def test_blocked_cross_entropy_equals_the_plain_one(monkeypatch):

@@ -44,7 +44,7 @@ class Chat:
     drop_thinking: bool = False
     """Leave out reasoning the messages hold; the think block stays and is empty."""
     cut_thinking: str | None = None
-    """Raw text of a think block that a budget has cut, ``BUDGET_END`` included."""
+    """What was thought before a budget cut the last turn's think block; ``BUDGET_END`` follows."""
 
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].get("role") != "assistant":
@@ -68,6 +68,7 @@ class ChatEncoder:
     template: ChatTemplate
     tokenizer: Tokenizer
     _ends: tuple[int, int] = field(init=False, repr=False)
+    _blank: frozenset[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         end, close = self.tokenizer.id_of("<|im_end|>"), self.tokenizer.id_of("</think>")
@@ -76,6 +77,7 @@ class ChatEncoder:
                 f"{self.tokenizer.origin} lacks <|im_end|> or </think>: chats cannot be encoded."
             )
         self._ends = (end, close)
+        self._blank = frozenset(self.tokenizer.encode("\n\n") + self.tokenizer.encode("\n"))
 
     def samples(self, chat: Chat) -> Iterator[Sample]:
         """The samples of one conversation. Raises DataError when prefixes do not fit together."""
@@ -102,9 +104,10 @@ class ChatEncoder:
         assert waiting is not None
         ids, weights = waiting
         if chat.learn == "answer":
-            close = len(ids) - 1 - ids[::-1].index(self._ends[1])
+            start = len(ids) - ids[::-1].index(self._ends[1])
             # The blank line after the tag is part of what the budget wrote.
-            start = close + 1 + len(self.tokenizer.encode("\n\n"))
+            while ids[start] in self._blank:
+                start += 1
             weights = [0] * start + [1] * (len(ids) - start)
         yield self._sample(ids, weights)
 
@@ -112,8 +115,11 @@ class ChatEncoder:
         """(ids up to and with the last turn's <|im_end|>, where the assistant begins to write)."""
         prompt = self._encode(messages[:-1], chat, prompt=True)
         if chat.cut_thinking is not None and len(messages) == len(chat.messages):
-            written = chat.cut_thinking + messages[-1]["content"] + "<|im_end|>"
-            return prompt + self.tokenizer.encode(written), len(prompt)
+            # Piece by piece, as an engine puts them together: no token spans two of them.
+            answer = messages[-1]["content"] + "<|im_end|>"
+            parts = ("<think>\n", chat.cut_thinking, BUDGET_END, answer)
+            written = [token for part in parts for token in self.tokenizer.encode(part)]
+            return prompt + written, len(prompt)
         whole = self._encode(messages, chat, prompt=False)
         end = self._ends[0]
         length = len(whole) - whole[::-1].index(end)
@@ -185,6 +191,6 @@ def chat_from_row(row: Mapping[str, Any], where: str) -> Chat:
     if last < 0:
         raise DataError(f"{where}: no message has the role assistant: there is nothing to learn.")
     options = {k: row[k] for k in ("enable_thinking", "learn", "turns") if row.get(k) is not None}
-    return Chat(
-        messages=tuple(messages[: last + 1]), tools=tuple(row.get("tools") or ()), **options
-    )
+    # Columns of a Parquet file are there in every message, empty where they do not apply.
+    kept = [{k: v for k, v in message.items() if v is not None} for message in messages[: last + 1]]
+    return Chat(messages=tuple(kept), tools=tuple(row.get("tools") or ()), **options)

@@ -313,7 +313,7 @@ def _said(chat: Chat) -> list[str]:
                 texts.append(message[key])
         for call in message.get("tool_calls") or ():
             texts.append(json.dumps(call, ensure_ascii=False))
-    if chat.cut_thinking:
+    if chat.cut_thinking is not None:
         texts.append(chat.cut_thinking)
     return texts
 

@@ -36,6 +36,7 @@ from qnext.engine.scheduler import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
+    ended_by,
     force,
     is_untold,
     known_rows,
@@ -649,6 +650,7 @@ class Engine:
             token_ids=(),
             finish_reason=reason,
             usage=usage_of(sequence),
+            ended_by=ended_by(sequence, reason),
         )
         self._end_quietly(sequence)
         return event

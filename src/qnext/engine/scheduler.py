@@ -335,7 +335,8 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Rows of a prompt in this step: on the page grid unless it ends the prompt."""
-        left = sequence.length - sequence.done
+        # The last token of an answer is told of, never run.
+        left = sequence.length - sequence.done - (sequence.ends is not None)
         budget = min(budget, self.max_chunk_tokens)
         if left <= budget:
             return left

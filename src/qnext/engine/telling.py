@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qnext.engine.request import Event, FinishReason, Request, Usage
+from qnext.engine.request import EndedBy, Event, FinishReason, Request, Usage
 from qnext.engine.sampler import logprobs_of
 from qnext.engine.scheduler import Sequence as Running
 
@@ -99,14 +99,30 @@ def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None)
     tokens = tuple(sequence.output_ids[sequence.told : ready])
     scored = () if sequence.told else tuple(sequence.prompt_logprobs)
     sequence.told = ready
+    reason = sequence.ends if ready == len(sequence.output_ids) else None
     return Event(
         request_id=sequence.request.id,
         token_ids=tokens,
-        finish_reason=sequence.ends if ready == len(sequence.output_ids) else None,
+        finish_reason=reason,
+        ended_by=None if reason is None else ended_by(sequence, reason),
         usage=usage_of(sequence),
         logprobs=logprobs,
         prompt_logprobs=scored,
     )
+
+
+def ended_by(sequence: Running, reason: FinishReason) -> EndedBy:
+    """What exactly ended an answer."""
+    request, params = sequence.request, sequence.request.params
+    if reason == "length":
+        is_own = params.max_tokens is not None and sequence.max_tokens == params.max_tokens
+        return "max_tokens" if is_own or request.score_only else "context"
+    if reason != "stop":
+        return reason
+    last = sequence.output_ids[-1]
+    if last in request.eos_ids and not params.ignore_eos:
+        return "end_token"
+    return "stop_token" if last in params.stop_token_ids else "form"
 
 
 def usage_of(sequence: Running) -> Usage:
@@ -120,5 +136,6 @@ def usage_of(sequence: Running) -> Usage:
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         forced_tokens=sequence.forced,
+        reasoning_was_cut=sequence.guide is not None and sequence.guide.was_cut,
         near_ties=sequence.near_ties,
     )

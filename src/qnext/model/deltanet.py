@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from qnext.config import ModelConfig
 from qnext.model.batch import TokenBatch
 from qnext.model.layers import GatedRmsNorm
-from qnext.model.view import STEP_TOKENS, CacheView
+from qnext.model.view import CacheView
 from qnext.ops import Ops
 from qnext.ops.contracts import GatedDelta
 from qnext.ops.gated_delta import l2_normalise
@@ -65,8 +65,7 @@ class GatedDeltaNet(nn.Module):
             segments=batch.segments,
         )
         q_Pc, k_Pc, v_Pc = c_Pc.split((U * K, U * K, W * M), dim=-1)
-        q_PUK = l2_normalise(q_Pc.unflatten(-1, (U, K))) * K**-0.5
-        k_PUK = l2_normalise(k_Pc.unflatten(-1, (U, K)))
+        q_PUK, k_PUK = q_Pc.unflatten(-1, (U, K)), k_Pc.unflatten(-1, (U, K))
         v_PWM = v_Pc.unflatten(-1, (W, M))
         beta_PW = self.ops.elementwise(function=torch.sigmoid, x=b_PUr.float().flatten(-2))
         dt_PW = self.ops.elementwise(
@@ -74,11 +73,13 @@ class GatedDeltaNet(nn.Module):
         )
         g_PW = -self.A_log.float().exp() * dt_PW
 
-        inputs = {"q": q_PUK, "k": k_PUK, "v": v_PWM, "g": g_PW, "beta": beta_PW}
         if view is None or state_BWKM is None:
-            by_step = batch.segments.longest <= STEP_TOKENS
-            o_PWM, _ = self._delta(by_step)(**inputs, state=None, segments=batch.segments)
+            o_PWM = self.ops.gated_delta_whole(
+                q=q_PUK, k=k_PUK, v=v_PWM, g=g_PW, beta=beta_PW, segments=batch.segments
+            )
         else:
+            q_PUK, k_PUK = l2_normalise(q_PUK) * K**-0.5, l2_normalise(k_PUK)
+            inputs = {"q": q_PUK, "k": k_PUK, "v": v_PWM, "g": g_PW, "beta": beta_PW}
             o_PWM, state_BWKM = self._walk(inputs, state_BWKM, view)
             held = (x_Pc, k_PUK, v_PWM, g_PW, beta_PW)
             view.write_state(self.cache_layer, conv_state, state_BWKM, held)

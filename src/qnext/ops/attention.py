@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qnext.ops.contracts import Impl
+from qnext.ops.contracts import Impl, only_for_gradients
 from qnext.ops.elementwise import elementwise_invariant
+from qnext.ops.gather import take_rows
 from qnext.ops.linear import ROW_BLOCK, only_float32
 from qnext.ops.segments import Segments
 
@@ -40,6 +41,47 @@ def attention_torch(*, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: 
     """The library's fused attention, one call per sequence: no score matrix is kept."""
     borders = zip(segments.starts, segments.starts[1:], strict=False)
     return torch.cat([_fused(q[a:b], k[a:b], v[a:b], scale, 0) for a, b in borders])
+
+
+def attention_training(
+    *, q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
+) -> Tensor:
+    """The library's fused attention, one call per length instead of one per sequence."""
+    lengths = tuple(sorted({length for length in segments.lengths if length}))
+    if len(lengths) == 1:
+        return _rectangle(q, k, v, scale, lengths[0])
+    if not lengths:
+        return q.new_zeros(q.shape)
+
+    def build() -> tuple[list[Tensor], Tensor]:
+        starts = torch.tensor(segments.starts[:-1])
+        sizes = torch.tensor(segments.lengths)
+        by_length = [
+            (starts[sizes == length][:, None] + torch.arange(length)).flatten()
+            for length in lengths
+        ]
+        inverse = torch.empty(segments.total, dtype=torch.int64)
+        inverse[torch.cat(by_length)] = torch.arange(segments.total)
+        device = segments.device
+        return [rows.to(device) for rows in by_length], inverse.to(device)
+
+    by_length, inverse = segments.remember("by length", build)
+    pieces = []
+    for length, rows in zip(lengths, by_length, strict=True):
+        q_n, k_n, v_n = (take_rows(x, rows) for x in (q, k, v))
+        pieces.append(_rectangle(q_n, k_n, v_n, scale, length))
+    return take_rows(torch.cat(pieces), inverse)
+
+
+def _rectangle(q: Tensor, k: Tensor, v: Tensor, scale: float, length: int) -> Tensor:
+    """Sequences of one length: q [B * T, N, H] over k and v [B * T, G, H]."""
+    group = q.shape[1] // k.shape[1]
+    q_BNTH, k_BGTH, v_BGTH = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    k_BNTH, v_BNTH = (x.repeat_interleave(group, dim=1) for x in (k_BGTH, v_BGTH))
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BNTH, k_BNTH, v_BNTH, is_causal=length > 1, scale=scale
+    )
+    return out_BNTH.transpose(1, 2).flatten(0, 1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int) -> Tensor:
@@ -173,6 +215,7 @@ def attention_paged_invariant(
 
 IMPLS = {
     "attention": (
+        Impl(backend="training", load=lambda: attention_training, unfit=only_for_gradients),
         Impl(backend="torch", load=lambda: attention_torch),
         Impl(backend="invariant", load=lambda: attention_invariant, unfit=only_float32),
         Impl(backend="reference", load=lambda: attention_reference),

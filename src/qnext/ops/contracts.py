@@ -94,6 +94,19 @@ class GatedDelta(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class GatedDeltaWhole(Protocol):
+    """The gated delta rule over whole sequences, which start from nothing and are not continued.
+
+    As ``GatedDelta`` without a state, with queries and keys as they come: both are divided by their
+    length here, and queries multiplied by 1/sqrt(K).
+    Shapes: q, k [P, U, K], v [P, W, M], g, beta [P, W] -> [P, W, M] float32.
+    """
+
+    def __call__(
+        self, *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, segments: Segments
+    ) -> Tensor: ...
+
+
 class Attention(Protocol):
     """Causal attention inside each sequence; softmax in float32.
 
@@ -151,6 +164,7 @@ BOUNDS: Mapping[str, float] = {
     "gated_delta_step": 1e-5,
     "gated_delta_verify": 1e-5,
     "gated_delta_chunk": 2e-5,
+    "gated_delta_whole": 2e-5,
     "attention": 1e-5,
     "attention_paged": 1e-5,
     "experts": 1e-5,
@@ -165,6 +179,11 @@ class OpSpec:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     grad: bool = False
+
+
+def only_for_gradients(spec: OpSpec) -> str | None:
+    """Why an implementation with a backward of its own does not fit, if so."""
+    return None if spec.grad else "no gradients are asked for."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +212,7 @@ class Ops:
     """Like ``gated_delta_step``, but returns the states after every token, float32 [T, B, W, K, M]
     with T the longest length; a finished sequence keeps its last one."""
     gated_delta_chunk: GatedDelta
+    gated_delta_whole: GatedDeltaWhole
     attention: Attention
     attention_paged: PagedAttention
     experts: Experts

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qnext.ops.contracts import Elementwise, Impl
+from qnext.ops.contracts import Elementwise, GatedDelta, Impl, only_for_gradients
+from qnext.ops.delta_training import gated_delta_whole_training
 from qnext.ops.elementwise import elementwise_invariant, elementwise_torch
 from qnext.ops.segments import ChunkTable, Segments
 
@@ -237,6 +238,19 @@ def gated_delta_chunk_torch(
     return out_PWM, final_BWKM
 
 
+def _whole(form: GatedDelta, **inputs: Any) -> Tensor:
+    """``GatedDeltaWhole`` by a form that takes normalised vectors and a state."""
+    scale = inputs["q"].shape[-1] ** -0.5
+    inputs["q"], inputs["k"] = l2_normalise(inputs["q"]) * scale, l2_normalise(inputs["k"])
+    out, _ = form(**inputs, state=None)
+    return out
+
+
+gated_delta_whole_reference = partial(_whole, gated_delta_reference)
+gated_delta_whole_torch = partial(_whole, gated_delta_chunk_torch)
+gated_delta_whole_invariant = partial(_whole, gated_delta_step_invariant)
+
+
 def _to_chunks(x: Tensor, table: ChunkTable) -> Tensor:
     """[P, heads, ...] -> [chunks, heads, C, ...], zeros where a chunk has no token."""
     padded = F.pad(x, (0, 0) * (x.ndim - 1) + (0, 1))
@@ -258,5 +272,15 @@ IMPLS = {
         Impl(backend="torch", load=lambda: gated_delta_chunk_torch),
         Impl(backend="invariant", load=lambda: gated_delta_step_invariant),
         Impl(backend="reference", load=lambda: gated_delta_reference),
+    ),
+    "gated_delta_whole": (
+        Impl(
+            backend="training",
+            load=lambda: gated_delta_whole_training,
+            unfit=only_for_gradients,
+        ),
+        Impl(backend="torch", load=lambda: gated_delta_whole_torch),
+        Impl(backend="invariant", load=lambda: gated_delta_whole_invariant),
+        Impl(backend="reference", load=lambda: gated_delta_whole_reference),
     ),
 }

@@ -158,6 +158,10 @@ class Segments:
 
         return self._cached(("chunks", size), build)
 
+    def remember(self, key: object, build: Callable[[], Table]) -> Table:
+        """What ``build`` makes of these lengths, made once per batch."""
+        return self._cached(key, build)
+
     def _once(self, key: object, build: Callable[[], Tensor]) -> Tensor:
         return self._cached(key, lambda: build().to(self.device))
 

@@ -59,8 +59,8 @@ class TrainBatch:
 
         The weight of each document's first token is set to 0: nothing predicts it.
         """
-        ids = [torch.as_tensor(np.asarray(i, dtype=np.int64)) for i, _ in documents]
-        weights = [torch.as_tensor(np.array(w, dtype=np.float32)) for _, w in documents]
+        ids = [_copied(i, torch.int64) for i, _ in documents]
+        weights = [_copied(w, torch.float32) for _, w in documents]
         assert ids, "no documents"
         for number, (i, w) in enumerate(zip(ids, weights, strict=True)):
             assert i.shape == w.shape, (number, i.shape, w.shape)
@@ -151,6 +151,11 @@ class TrainBatch:
             padding=self.padding,
             sources=self.sources,
         )
+
+
+def _copied(x: np.ndarray | Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own; arrays may be of any integer type and read-only."""
+    return (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))).to(dtype, copy=True)
 
 
 class DataSource(Protocol):
