@@ -108,9 +108,11 @@ def _theirs(ours: CausalLM) -> nn.Module:
     """transformers' model with the same weights, in float32."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    config = Qwen3NextConfig(
-        **SHAPE, use_cache=False, attn_implementation="sdpa", experts_implementation="grouped_mm"
-    )
+    settings: dict[str, Any] = {
+        **SHAPE, "use_cache": False, "attn_implementation": "sdpa",
+        "experts_implementation": "grouped_mm",
+    }  # fmt: skip
+    config = Qwen3NextConfig(**settings)
     model = Qwen3NextForCausalLM(config)
     model.load_state_dict(ours.state_dict())
     return model
@@ -234,7 +236,7 @@ def _speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, st
 
 def main() -> None:
     """Measure; write docs/results/train_speed.json with --record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
