@@ -4,9 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <new>
-#include <numeric>
 
 #include "moe.h"
 #include "norm.h"
@@ -19,6 +17,9 @@ constexpr int kFormats = 4;
 constexpr int64_t kManyRows = 32;
 // Rows of one piece of the shared expert when pieces are drawn from the counter.
 constexpr int64_t kSharedRows = 256;
+// What a waiting thread asks for at most: it stays in the second-level cache until it is read.
+constexpr int64_t kSoonBytes = 128 * 1024;
+constexpr int64_t kFirstLines = 64;
 
 // Memory on 64-byte lines that only grows. Its content is undefined after growing.
 class Buffer {
@@ -53,12 +54,44 @@ unsigned bit(const Matrix& w) { return w.rows ? 1u << static_cast<int>(w.format)
 
 unsigned bits(const FeedForward& f) { return bit(f.gate_up) | bit(f.gate) | bit(f.up); }
 
+// Where row `first` begins; for packed matrices a multiple of 32.
+const uint8_t* row_at(const Matrix& w, int64_t first) {
+  return static_cast<const uint8_t*>(w.data) + matrix_bytes(w.format, first, w.cols);
+}
+
 // A part of a row-major matrix, or whole tiles of a packed one.
 Matrix rows_of(const Matrix& w, int64_t first, int64_t count) {
   Matrix part = w;
   part.rows = count;
-  part.data = static_cast<const uint8_t*>(w.data) + matrix_bytes(w.format, first, w.cols);
+  part.data = row_at(w, first);
   return part;
+}
+
+// What this thread reads next begins there.
+void read_soon(const void* at, Team& team) {
+  if (at) team.soon = {reinterpret_cast<uintptr_t>(at), reinterpret_cast<uintptr_t>(at) + kSoonBytes};
+}
+
+// Its share of the rows of a matrix is what it reads next.
+const uint8_t* share_at(const Matrix& w, int64_t grain, const Team& team) {
+  if (!w.rows) return nullptr;
+  int64_t first, last;
+  team.range(w.rows, grain, &first, &last);
+  return row_at(w, first);
+}
+
+// A layer begins with its projections.
+const uint8_t* share_at(const Layer& layer, const Team& team) {
+  return share_at(layer.is_attention ? layer.q : layer.qkvz, kTileRows, team);
+}
+
+// Where tile `first` of gate and up begins.
+const uint8_t* gate_up_at(const FeedForward& ff, int64_t first) {
+  if (!ff.width) return nullptr;
+  if (ff.gate_up.rows && ff.gate_up.format >= Format::q8) {
+    return row_at(ff.gate_up, 2 * first * kTileRows);
+  }
+  return row_at(ff.gate_up.rows ? ff.gate_up : ff.gate, first * kTileRows);
 }
 
 float value_of_bf16(uint16_t x) {
@@ -142,24 +175,31 @@ struct Decoder::Work {
   }
 
   // out[:, r] for this thread's share of the rows of w.
-  void multiply(const Matrix& w, int64_t rows, float* out, int64_t ldo, Team& team) {
+  void multiply(const Matrix& w, int64_t rows, float* out, int64_t ldo, Team& team,
+                const Matrix* then = nullptr) {
     int64_t first, last;
     team.range(w.rows, kTileRows, &first, &last);
-    multiply_part(w, prepared, rows, nullptr, rows, out, ldo, first, last, team);
+    multiply_part(w, prepared, rows, nullptr, rows, out, ldo, first, last, team,
+                  then ? share_at(*then, kTileRows, team) : nullptr);
   }
 
   void multiply_part(const Matrix& w, Buffer* from, int64_t prepared_rows, const int32_t* index,
                      int64_t count, float* out, int64_t ldo, int64_t first, int64_t last,
-                     Team& team) {
+                     Team& team, const void* next = nullptr) {
     if (first >= last || !count) return;
     void* space = scratch[team.thread].reserve(linear->scratch_bytes(w, count));
+    // Where this thread reads next: a stream of weights starts slowly.
+    for (int64_t i = 0; next && i < kFirstLines; ++i) {
+      __builtin_prefetch(static_cast<const char*>(next) + i * 64, 0, 2);
+    }
     linear->multiply(w, for_matrix(w, from), prepared_rows, index, count, out, ldo, first, last,
                      space);
   }
 
   // act[i][32 * tile ...] = silu(gate x) * (up x) for tiles [first, last) of one feed-forward.
   void gate_up(const FeedForward& ff, int64_t rows, const int32_t* index, int64_t count,
-               float* act_out, int64_t first, int64_t last, Team& team) {
+               float* act_out, int64_t first, int64_t last, Team& team,
+               const void* next = nullptr) {
     if (first >= last || !count) return;
     const int64_t begin = first * kTileRows;
     const int64_t end = last * kTileRows < ff.width ? last * kTileRows : ff.width;
@@ -168,7 +208,7 @@ struct Decoder::Work {
       const int64_t wide = 2 * (last - first) * kTileRows;
       float* both = local[team.thread].floats(count * wide);
       multiply_part(ff.gate_up, prepared, rows, index, count, both - first * 2 * kTileRows, wide,
-                    first * 2 * kTileRows, last * 2 * kTileRows, team);
+                    first * 2 * kTileRows, last * 2 * kTileRows, team, next);
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t f = tile * kTileRows;
         const int64_t width = ff.width - f < kTileRows ? ff.width - f : kTileRows;
@@ -314,8 +354,11 @@ void Decoder::forward(const Step& step, ThreadPool& pool) {
     team.range(step.rows, 1, &first, &last);
     for (int64_t p = first; p < last; ++p) read_row(embedding, step.ids[p], h + p * D);
     rotary_table(step, team);
+    read_soon(share_at(layers[0], team), team);
     team.barrier();
-    for (const Layer& layer : layers) run_layer(layer, step, team);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      run_layer(layers[i], step, team, i + 1 < layers.size() ? &layers[i + 1] : nullptr);
+    }
     finish(step, final_norm, team);
   });
 }
@@ -343,77 +386,9 @@ void Decoder::forward_mtp(const Step& step, ThreadPool& pool) {
     w.prepare(bit(mtp_fc), pair, step.rows, 2 * D, w.prepared, team);
     w.multiply(mtp_fc, step.rows, w.h.floats(0), D, team);
     team.barrier();
-    run_layer(mtp_layer, step, team);
+    run_layer(mtp_layer, step, team, nullptr);
     finish(step, mtp_norm, team);
   });
-}
-
-// The first of the largest; independent lanes, so that the compiler may use vectors.
-static int64_t first_largest(const float* x, int64_t n) {
-  constexpr int64_t kLanes = 16;
-  float lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-  }
-  float largest = *std::max_element(lanes, lanes + kLanes);
-  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  const float* found = std::find(x, x + n, largest);
-  return found == x + n ? 0 : found - x;  // not found: every value is NaN
-}
-
-void Decoder::propose(const Step& fill, const Drafts& drafts, ThreadPool& pool) {
-  const int64_t D = shape_.hidden, B = static_cast<int64_t>(fill.sequences.size());
-  std::vector<int32_t> ids, rows;
-  std::vector<int64_t> drafting;
-  std::vector<float> hidden, source;
-  Step step = fill;
-  step.head = &drafts.head;
-  for (int64_t b = 0; b < B; ++b) {
-    if (!drafts.counts[b]) continue;
-    const Sequence& s = fill.sequences[b];
-    drafting.push_back(b);
-    rows.push_back(static_cast<int32_t>(s.row + s.tokens - 1));
-  }
-  std::vector<float> logits(drafting.size() * drafts.head.rows);
-  step.logits = logits.data();
-  for (int32_t depth = 0;; ++depth) {
-    step.logit_rows = rows.data();
-    step.logit_count = static_cast<int64_t>(rows.size());
-    forward_mtp(step, pool);
-    std::vector<int64_t> left;
-    std::vector<Sequence> sequences;
-    source.clear();
-    ids.clear();
-    for (size_t i = 0; i < drafting.size(); ++i) {
-      const int64_t b = drafting[i];
-      const int64_t r = first_largest(logits.data() + i * drafts.head.rows, drafts.limit);
-      const int32_t token = drafts.ids[r];
-      drafts.tokens[b * drafts.most + depth] = token;
-      if (drafts.counts[b] <= depth + 1) continue;
-      // A row for the draft itself, behind the last; the next reading writes over it.
-      Sequence s = fill.sequences[b];
-      s.before += s.tokens + depth;
-      s.tokens = 1;
-      s.row = static_cast<int64_t>(left.size());
-      const float* last = step.hidden + rows[i] * D;
-      source.insert(source.end(), last, last + D);
-      ids.push_back(token);
-      sequences.push_back(s);
-      left.push_back(b);
-    }
-    if (left.empty()) return;
-    drafting = left;
-    step.sequences = sequences;
-    step.ids = ids.data();
-    step.rows = static_cast<int64_t>(left.size());
-    step.hidden_in = source.data();
-    hidden.resize(left.size() * D);
-    step.hidden = hidden.data();
-    rows.resize(left.size());
-    std::iota(rows.begin(), rows.end(), 0);
-  }
 }
 
 void Decoder::rotary_table(const Step& step, Team& team) {
@@ -437,7 +412,7 @@ void Decoder::rotary_table(const Step& step, Team& team) {
   }
 }
 
-void Decoder::run_layer(const Layer& layer, const Step& step, Team& team) {
+void Decoder::run_layer(const Layer& layer, const Step& step, Team& team, const Layer* next) {
   Work& w = *work_;
   const int64_t rows = step.rows, D = shape_.hidden;
   w.norm->rms_norm(w.h.floats(0), rows, D, layer.input_norm, shape_.eps, w.normed.floats(0), team);
@@ -449,12 +424,13 @@ void Decoder::run_layer(const Layer& layer, const Step& step, Team& team) {
   }
   w.norm->rms_norm(w.h.floats(0), rows, D, layer.post_norm, shape_.eps, w.normed.floats(0), team);
   team.barrier();
-  feed_forward(layer, step, team);
+  feed_forward(layer, step, team, next);
 }
 
 // h += W mixed. A thread owns columns of h, so nothing is added twice or in another order.
-void Decoder::project_back(const Matrix& w, int64_t rows, Team& team) {
+void Decoder::project_back(const Layer& layer, int64_t rows, Team& team) {
   Work& work = *work_;
+  const Matrix& w = layer.is_attention ? layer.o : layer.out;
   const int64_t D = shape_.hidden;
   work.prepare(bit(w), work.mixed.floats(0), rows, w.cols, work.prepared, team);
   int64_t first, last;
@@ -467,6 +443,7 @@ void Decoder::project_back(const Matrix& w, int64_t rows, Team& team) {
       work.moe->add_scaled(1.0f, out + p * wide, wide, work.h.floats(0) + p * D + first);
     }
   }
+  read_soon(share_at(layer.router, 4, team), team);
   team.barrier();
 }
 
@@ -503,8 +480,8 @@ void Decoder::attention(const Layer& layer, const Step& step, Team& team) {
   const int64_t rows = step.rows;
   w.prepare(bit(layer.q) | bit(layer.k) | bit(layer.v), w.normed.floats(0), rows, shape_.hidden,
             w.prepared, team);
-  w.multiply(layer.q, rows, w.projected.floats(0), layer.q.rows, team);
-  w.multiply(layer.k, rows, w.keys.floats(0), layer.k.rows, team);
+  w.multiply(layer.q, rows, w.projected.floats(0), layer.q.rows, team, &layer.k);
+  w.multiply(layer.k, rows, w.keys.floats(0), layer.k.rows, team, &layer.v);
   w.multiply(layer.v, rows, w.values.floats(0), layer.v.rows, team);
   team.barrier();
   const AttentionJob job = attention_job(layer);
@@ -512,8 +489,9 @@ void Decoder::attention(const Layer& layer, const Step& step, Team& team) {
   w.attention->append(job, scratch, team);
   team.barrier();
   w.attention->attend(job, scratch, team);
+  read_soon(share_at(layer.o, kTileRows, team), team);
   team.barrier();
-  project_back(layer.o, rows, team);
+  project_back(layer, rows, team);
 }
 
 DeltaLayer Decoder::delta_layer(const Layer& layer) const {
@@ -571,8 +549,14 @@ void Decoder::delta(const Layer& layer, const Step& step, Team& team) {
   w.prepare(bit(layer.qkvz) | bit(layer.ba), w.normed.floats(0), rows, shape_.hidden, w.prepared,
             team);
   if (team.thread == 0) fill_delta_sequences(layer, step);
-  w.multiply(layer.qkvz, rows, w.projected.floats(0), layer.qkvz.rows, team);
+  w.multiply(layer.qkvz, rows, w.projected.floats(0), layer.qkvz.rows, team, &layer.ba);
   w.multiply(layer.ba, rows, w.small.floats(0), layer.ba.rows, team);
+  if (!step.sequences.empty()) {
+    const int64_t head = shape_.key_heads * team.thread / team.threads;
+    const int64_t group = shape_.value_heads / shape_.key_heads;
+    const DeltaSequence s = delta_sequence(layer, step.sequences[0].slot, 0);
+    read_soon(s.state + head * group * shape_.key_dim * shape_.value_dim, team);
+  }
   team.barrier();
   const DeltaLayer delta = delta_layer(layer);
   DeltaBatch batch;
@@ -586,8 +570,9 @@ void Decoder::delta(const Layer& layer, const Step& step, Team& team) {
   if (step.invariant) batch.step_tokens = INT64_MAX;
   void* scratch = w.scratch[team.thread].reserve(w.delta->scratch_bytes(delta.shape));
   w.delta->forward(delta, batch, scratch, team);
+  read_soon(share_at(layer.out, kTileRows, team), team);
   team.barrier();
-  project_back(layer.out, rows, team);
+  project_back(layer, rows, team);
 }
 
 void Decoder::settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool) {
@@ -608,7 +593,7 @@ void Decoder::settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& po
   });
 }
 
-void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
+void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team, const Layer* next) {
   Work& w = *work_;
   const int64_t rows = step.rows, D = shape_.hidden, k = shape_.experts_per_token;
   const int64_t experts = layer.router.rows;
@@ -621,6 +606,10 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
     down |= bit(ff.down);
   }
   if (experts) w.moe->router(x, rows, layer.router, w.router.floats(0), team);
+  const int64_t shared_tiles = (shared.width + kTileRows - 1) / kTileRows;
+  int64_t shared_first, shared_last;
+  team.range(shared_tiles, 1, &shared_first, &shared_last);
+  read_soon(gate_up_at(shared, shared_first), team);
   if (layer.shared_gate.rows) {
     int64_t first, last;
     team.range(rows, 1, &first, &last);
@@ -634,13 +623,14 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
   w.prepare(in, x, rows, D, w.prepared, team);
 
   if (experts) {
-    int64_t first = 0, last = team.thread == 0 ? rows : 0;
-    if (many) team.range(rows, 1, &first, &last);
+    int64_t first, last;
+    team.range(rows, 1, &first, &last);
     w.moe->top_k(w.router.floats(0), first, last, experts, k, shape_.rescale_top_k, w.ids.ints(0),
                  w.weights.floats(0));
-    if (many) team.barrier();
+    if (rows > 1) team.barrier();
   }
-  if (team.thread == 0) {
+  // A single row was routed by the last thread.
+  if (team.thread == (rows > 1 ? 0 : team.threads - 1)) {
     if (experts && step.routes) {
       std::copy_n(w.ids.ints(0), rows * k, step.routes + routed_layers_++ * rows * k);
     }
@@ -653,18 +643,34 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
   const int32_t* token = w.token.data();
   float* act = w.act.floats(0);
   float* shared_act = w.shared_act.floats(0);
-  const int64_t shared_tiles = (shared.width + kTileRows - 1) / kTileRows;
+  int64_t first, last;  // columns of h that are this thread's
+  team.range(D, kTileRows, &first, &last);
+  const auto down_at = [&, first](const FeedForward& ff) {
+    return ff.width ? row_at(ff.down, first) : nullptr;
+  };
   if (!many) {
-    for (const int32_t e : w.active) {
+    const auto tiles_of = [&](const FeedForward& ff, int64_t* first, int64_t* last) {
+      team.range((ff.width + kTileRows - 1) / kTileRows, 1, first, last);
+    };
+    const size_t active = w.active.size();
+    const auto expert_at = [&](size_t i) {
+      int64_t first, last;
+      if (i == active) return active ? down_at(layer.experts[w.active[0]]) : down_at(shared);
+      const FeedForward& ff = layer.experts[w.active[i]];
+      tiles_of(ff, &first, &last);
+      return gate_up_at(ff, first);
+    };
+    w.gate_up(shared, rows, nullptr, rows, shared_act, shared_first, shared_last, team,
+              expert_at(0));
+    for (size_t i = 0; i < active; ++i) {
+      const int32_t e = w.active[i];
       const FeedForward& ff = layer.experts[e];
       int64_t first, last;
-      team.range((ff.width + kTileRows - 1) / kTileRows, 1, &first, &last);
+      tiles_of(ff, &first, &last);
       w.gate_up(ff, rows, token + w.start[e], w.start[e + 1] - w.start[e],
-                act + w.start[e] * ff.width, first, last, team);
+                act + w.start[e] * ff.width, first, last, team, expert_at(i + 1));
     }
-    int64_t first, last;
-    team.range(shared_tiles, 1, &first, &last);
-    w.gate_up(shared, rows, nullptr, rows, shared_act, first, last, team);
+    read_soon(expert_at(active), team);
   } else {
     const int64_t pieces = shared.width ? (rows + kSharedRows - 1) / kSharedRows : 0;
     const auto total = pieces + static_cast<int64_t>(w.active.size());
@@ -689,15 +695,19 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
     w.prepare(bit(shared.down), shared_act, rows, shared.width, w.prepared_shared, team);
   }
 
-  int64_t first, last;
-  team.range(D, kTileRows, &first, &last);
   const int64_t wide = last - first;
   float* h = w.h.floats(0);
-  for (const int32_t e : w.active) {
+  const Matrix& last_one = step.head ? *step.head : head;
+  const uint8_t* after = next ? share_at(*next, team) : share_at(last_one, kTileRows, team);
+  for (size_t j = 0; j < w.active.size(); ++j) {
+    const int32_t e = w.active[j];
+    const uint8_t* follows = j + 1 < w.active.size() ? down_at(layer.experts[w.active[j + 1]])
+                             : shared.width          ? down_at(shared)
+                                                     : after;
     const int64_t begin = w.start[e], count = w.start[e + 1] - begin;
     float* out = w.local[team.thread].floats(count * wide);
     w.multiply_part(layer.experts[e].down, w.prepared_act, pairs, w.identity.data() + begin, count,
-                    out - first, wide, first, last, team);
+                    out - first, wide, first, last, team, follows);
     for (int64_t i = 0; i < count; ++i) {
       w.moe->add_scaled(w.pair_weight[begin + i], out + i * wide, wide,
                         h + token[begin + i] * D + first);
@@ -709,13 +719,14 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team) {
       const int64_t count = rows - begin < kSharedRows ? rows - begin : kSharedRows;
       float* out = w.local[team.thread].floats(count * wide);
       w.multiply_part(shared.down, w.prepared_shared, rows, w.identity.data() + begin, count,
-                      out - first, wide, first, last, team);
+                      out - first, wide, first, last, team, after);
       for (int64_t i = 0; i < count; ++i) {
         w.moe->add_scaled(layer.shared_gate.rows ? share[begin + i] : 1.0f, out + i * wide, wide,
                           h + (begin + i) * D + first);
       }
     }
   }
+  read_soon(after, team);
   team.barrier();
 }
 

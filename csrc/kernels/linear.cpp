@@ -74,6 +74,16 @@ void quantise(const float* x, int64_t n, QuantBlock* block) {
   }
   block->scale = largest / 127.0f;
   const float inverse = 127.0f / largest;
+#if defined(QNEXT_ISA_avx512)
+  for (int64_t i = 0; i < n; i += 16) {
+    // Rounds to the nearest integer, ties to even, as the sum below does.
+    const int live = n - i < 16 ? static_cast<int>(n - i) : 16;
+    const Vec scaled = Vec::load(x + i, live) * Vec::set(inverse);
+    _mm_mask_storeu_epi8(block->q + i, static_cast<__mmask16>((1u << live) - 1u),
+                         _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled.v)));
+  }
+  return;
+#endif
   for (int64_t i = 0; i < n; ++i) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, into the lowest bits.
     block->q[i] = static_cast<int8_t>(bits_of(x[i] * inverse + 12582912.0f));
@@ -81,9 +91,14 @@ void quantise(const float* x, int64_t n, QuantBlock* block) {
 }
 
 int32_t sum16(const int8_t* q) {
+#if defined(QNEXT_ISA_avx512)
+  const __m128i wide = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+  return _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(wide));
+#else
   int32_t sum = 0;
   for (int i = 0; i < 16; ++i) sum += q[i];
   return sum;
+#endif
 }
 
 int32_t write_group_q4(const int8_t* q, char* to) {

@@ -6,56 +6,91 @@
 namespace qnext::QNEXT_ISA {
 namespace {
 
-// One dot product: lanes over the columns, the tail last. Same order for every row and token.
-template <typename W>
-float dot(const float* x, const W* w, int64_t cols) {
-  Vec sum[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+// Tokens and experts that are multiplied together: their sums are registers.
+#if defined(QNEXT_ISA_avx512)
+constexpr int kTokens = 4, kExperts = 2;
+#else
+constexpr int kTokens = 2, kExperts = 2;
+#endif
+constexpr int64_t kFewTokens = 16;
+
+// E experts times T tokens. A product is two sums of lanes, of every other vector of columns, then
+// the tail: the same order whatever E and T are.
+template <typename W, int E, int T>
+void router_corner(const float* const* x, const W* w, int64_t cols, float* const* logits) {
+  constexpr int64_t step = 2 * Vec::width;
+  Vec sum[E][T][2];
+  for (auto& of_expert : sum)
+    for (auto& of_token : of_expert)
+      for (Vec& v : of_token) v = Vec::zero();
   int64_t c = 0;
-  for (; c + 4 * Vec::width <= cols; c += 4 * Vec::width) {
-    for (int i = 0; i < 4; ++i) {
-      sum[i] = fma(Vec::load(x + c + i * Vec::width), Vec::load(w + c + i * Vec::width), sum[i]);
+  for (; c + step <= cols; c += step) {
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = c + i * Vec::width;
+      Vec weight[E];
+      for (int e = 0; e < E; ++e) {
+        weight[e] = Vec::load(w + e * cols + at);
+        // The rows that follow, at the same place.
+        if (at * sizeof(W) % 64 == 0) __builtin_prefetch(w + (E + e) * cols + at, 0, 3);
+      }
+      for (int t = 0; t < T; ++t) {
+        const Vec value = Vec::load(x[t] + at);
+        for (int e = 0; e < E; ++e) sum[e][t][i] = fma(value, weight[e], sum[e][t][i]);
+      }
     }
   }
-  float total = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
-  for (; c < cols; ++c) {
-    if constexpr (sizeof(W) == 2) {
-      total = fmaf(x[c], from_bf16(w[c]), total);
-    } else {
-      total = fmaf(x[c], w[c], total);
+  for (int e = 0; e < E; ++e) {
+    for (int t = 0; t < T; ++t) {
+      float total = (sum[e][t][0] + sum[e][t][1]).sum();
+      for (int64_t d = c; d < cols; ++d) {
+        if constexpr (sizeof(W) == 2) {
+          total = fmaf(x[t][d], from_bf16(w[e * cols + d]), total);
+        } else {
+          total = fmaf(x[t][d], w[e * cols + d], total);
+        }
+      }
+      logits[t][e] = total;
     }
   }
-  return total;
 }
 
-// Four tokens against two experts at a time: each load of weights serves four products.
+// Some experts times all tokens, so that weights are read from memory once.
+template <typename W, int E>
+void router_strip(const float* x, int64_t rows, const W* w, int64_t cols, int64_t experts,
+                  int64_t e, float* logits) {
+  const float* in[kTokens];
+  float* out[kTokens];
+  for (int64_t p = 0; p < rows;) {
+    const int64_t left = rows - p;
+    const int tokens = static_cast<int>(left < kTokens ? left : kTokens);
+    for (int t = 0; t < tokens; ++t) {
+      in[t] = x + (p + t) * cols;
+      out[t] = logits + (p + t) * experts + e;
+    }
+    if constexpr (kTokens == 4) {
+      if (tokens == 4) router_corner<W, E, 4>(in, w + e * cols, cols, out);
+      if (tokens == 3) router_corner<W, E, 3>(in, w + e * cols, cols, out);
+    }
+    if (tokens == 2) router_corner<W, E, 2>(in, w + e * cols, cols, out);
+    if (tokens == 1) router_corner<W, E, 1>(in, w + e * cols, cols, out);
+    p += tokens;
+  }
+}
+
 template <typename W>
 void router_rows(const float* x, int64_t rows, const W* w, int64_t cols, int64_t experts,
                  int64_t first, int64_t last, float* logits) {
-  int64_t p = 0;
-  const int64_t wide = cols / (4 * Vec::width) * (4 * Vec::width);
-  for (; p + 4 <= rows && wide == cols; p += 4) {
-    for (int64_t e = first; e < last; ++e) {
-      // Sixteen sums: the same four per product as in dot().
-      Vec sum[4][4];
-      for (auto& of_token : sum)
-        for (Vec& v : of_token) v = Vec::zero();
-      const W* we = w + e * cols;
-      for (int64_t c = 0; c < wide; c += 4 * Vec::width) {
-        for (int i = 0; i < 4; ++i) {
-          const Vec v = Vec::load(we + c + i * Vec::width);
-          for (int t = 0; t < 4; ++t) {
-            sum[t][i] = fma(Vec::load(x + (p + t) * cols + c + i * Vec::width), v, sum[t][i]);
-          }
-        }
-      }
-      for (int t = 0; t < 4; ++t) {
-        logits[(p + t) * experts + e] = ((sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3])).sum();
-      }
+  // Many tokens stay in the first-level cache a few at a time, while the weights pass.
+  const int64_t block = rows <= kFewTokens ? rows : kTokens;
+  for (int64_t p = 0; p < rows; p += block) {
+    const int64_t count = rows - p < block ? rows - p : block;
+    int64_t at = first;
+    // A single token reads as fast as memory gives: one row after the other.
+    for (; rows > 1 && at + kExperts <= last; at += kExperts) {
+      router_strip<W, kExperts>(x + p * cols, count, w, cols, experts, at, logits + p * experts);
     }
-  }
-  for (; p < rows; ++p) {
-    for (int64_t e = first; e < last; ++e) {
-      logits[p * experts + e] = dot(x + p * cols, w + e * cols, cols);
+    for (; at < last; ++at) {
+      router_strip<W, 1>(x + p * cols, count, w, cols, experts, at, logits + p * experts);
     }
   }
 }

@@ -6,7 +6,7 @@ import pytest
 from tests.train.tiny_runs import tiny_recipe
 
 from qnext.errors import RecipeError
-from qnext.train.plan import SLACK, Budget, steps_of
+from qnext.train.plan import SLACK, Budget, planned_again, steps_of
 
 
 def stages():
@@ -55,3 +55,18 @@ def test_a_budget_is_of_one_kind() -> None:
         Budget()
     with pytest.raises(RecipeError):
         Budget(seconds=1.0, tokens=1)
+
+
+def test_planning_again_moves_elastic_stages_both_ways() -> None:
+    _, more, fixed = stages()
+    for seconds in (640, 160):
+        # One step of 64 tokens a second; the fixed stage takes 128 s.
+        left = (seconds + 128) / SLACK
+        assert planned_again([more, fixed], [300, 100], left, (64.0, 50.0), print) == [seconds, 100]
+
+
+def test_fixed_stages_are_not_stretched_and_keep_half_when_the_time_is_over() -> None:
+    _, _, fixed = stages()
+    assert planned_again([fixed], [100], 10_000.0, (50.0,), print) == [100]
+    assert planned_again([fixed], [100], 96 / SLACK, (50.0,), print) == [75]
+    assert planned_again([fixed], [100], -50.0, (50.0,), print) == [50]

@@ -450,3 +450,18 @@ def test_every_line_is_plain_json_with_the_promised_figures(whole: Path) -> None
     assert len(probe["first_token_mass"]) == 1
     assert 0.4 < probe["gate_open"][0] < 0.6
     assert len(lines[0]["router_load_max"]) == 3
+
+
+@pytest.mark.slow
+def test_bfloat16_with_masters_learns_like_float32(tmp_path: Path) -> None:
+    """After 200 steps the two differ by less than two seeds do."""
+
+    def final(name: str, **options: Any) -> float:
+        recipe = changed(tiny_recipe(**options), ["stages.*.tokens=6400"])
+        train(recipe, tmp_path / name)
+        last = list(losses(tmp_path / name).values())[-20:]
+        return sum(map(float.fromhex, last)) / 20
+
+    wide, narrow = final("wide"), final("narrow", dtype="bfloat16")
+    others = [final(f"seed{seed}", seed=seed) for seed in (4, 5, 6)]
+    assert abs(wide - narrow) < max(*others, wide) - min(*others, wide)

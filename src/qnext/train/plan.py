@@ -69,3 +69,23 @@ def steps_of(
         max(LEAST_STEPS if s.elastic else 1, round(n * share if s.elastic else n))
         for s, n, _ in pairs
     ]
+
+
+def planned_again(
+    stages: Sequence[Stage],
+    planned: Sequence[int],
+    seconds: float,
+    speeds: Sequence[float],
+    say: Callable[[str], None],
+) -> list[int]:
+    """Steps of the remaining stages when so many seconds are left.
+
+    Elastic stages take up the difference in both directions. A stage of fixed length is never made
+    longer than planned, and never shorter than half of that, even if the time is over: what was
+    learnt is of no use without it.
+    """
+    wanted = steps_of(stages, Budget(seconds=max(1.0, seconds)), speeds, say)
+    return [
+        steps if stage.elastic else max(-(-before // 2), min(before, steps))
+        for stage, before, steps in zip(stages, planned, wanted, strict=True)
+    ]

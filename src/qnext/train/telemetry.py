@@ -253,17 +253,22 @@ class TensorBoard:
                 "--tensorboard needs the package tensorboard, which is not installed. Install it "
                 "with pip install tensorboard, or leave the option out: log.jsonl has everything."
             ) from error
-        self._writer = SummaryWriter(str(run / "tensorboard"))
+        # Made with the first line: until then nothing of the run may be written.
+        self._make = lambda: SummaryWriter(str(run / "tensorboard"))
+        self._writer: SummaryWriter | None = None
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         if "event" in line:
             return
+        if self._writer is None:
+            self._writer = self._make()
         for name, value in scalars(line):
             self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -30,7 +30,7 @@ from qnext.train.batch import TrainBatch
 from qnext.train.guard import FirstBad, GuardState, Verdict, bad_place, bad_weight
 from qnext.train.losses import fractions, router_count
 from qnext.train.optim import GradientNorms, OptimiserState, rate_at
-from qnext.train.plan import Budget, steps_of
+from qnext.train.plan import Budget, planned_again, steps_of
 from qnext.train.probe import MASSIVE, look
 from qnext.train.recipe import Recipe, Stage
 from qnext.train.start import open_sources, start_config, start_model, with_rope
@@ -511,9 +511,11 @@ class Trainer:
             )
         )
         slower = at.seconds / max(1e-9, planned)
-        left = Budget(seconds=max(1.0, self.budget.seconds - at.seconds))
+        left = self.budget.seconds - at.seconds
         speeds = [speed / slower for speed in at.speeds[rest]]
-        at.plan[rest] = steps_of(self.recipe.stages[rest], left, speeds, self.say)
+        at.plan[rest] = planned_again(
+            self.recipe.stages[rest], at.plan[rest], left, speeds, self.say
+        )
         self._event("plan", plan=at.plan, slower=round(slower, 3))
 
     def _apply_stage(self) -> None:
