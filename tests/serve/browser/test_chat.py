@@ -184,6 +184,31 @@ def test_conversations_survive_a_reload_and_travel_as_a_file(visit, tmp_path) ->
     assert "no conversations" in page.get_by_role("alert").inner_text()
 
 
+def test_leaving_in_the_middle_keeps_what_was_there(visit, slow_site) -> None:
+    page = visit()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 20")
+    page.reload()
+    assert page.locator(".user .text").inner_text() == STORY
+    assert len(answers(page)[0]) > 10
+    slow_site.wait_until(busy=0)
+
+
+def test_a_deleted_conversation_does_not_come_back_with_its_answer(visit, slow_site) -> None:
+    page = visit()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 5")
+    page.get_by_role("button", name=f"Delete {STORY}").click()
+    slow_site.wait_until(busy=0)
+    page.reload()
+    assert page.locator("#conversations li").count() == 0
+    assert answers(page) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_follow_the_system_and_the_button(visit, scheme) -> None:
     page = visit(color_scheme=scheme)
