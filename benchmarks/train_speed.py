@@ -157,23 +157,24 @@ def _stepper(side: Side, batches: list[TrainBatch], workers: int, threads: int) 
     return run
 
 
-def _best(name: str, rows: list[TrainBatch], threads: int) -> tuple[Step, str, str, int]:
-    """The fastest of a side's settings by a trial of two steps each."""
+def _best(name: str, rows: list[TrainBatch], args: argparse.Namespace) -> tuple[str, int]:
+    """Dtype and workers: as asked for, or the fastest by a trial of two steps each."""
+    dtypes = [args.dtype] if args.dtype else list(DTYPES)
+    counts = [args.workers] if args.workers else sorted({1, args.threads})
+    if len(dtypes) == len(counts) == 1:
+        return dtypes[0], counts[0]
     tried: list[tuple[float, str, int]] = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         side = Side(name, dtype)
-        for workers in sorted({1, threads}):
-            run = _stepper(side, _joined(rows, workers), workers, threads)
+        for workers in counts:
+            run = _stepper(side, _joined(rows, workers), workers, args.threads)
             run()
             tried.append((seconds(run), dtype, workers))
+            print(f"{name} {dtype}, {workers} worker(s): {tried[-1][0]:.2f} s a step", flush=True)
         del side
         gc.collect()
     _, dtype, workers = min(tried)
-    how = f"{dtype}, {workers} x {threads // workers} threads"
-    for took, one, count in tried:
-        print(f"{name} {one}, {count} worker(s): {took:.2f} s a step")
-    run = _stepper(Side(name, dtype), _joined(rows, workers), workers, threads)
-    return run, how, dtype, workers
+    return dtype, workers
 
 
 def _peak(name: str, dtype: str, length: int) -> None:
@@ -204,8 +205,14 @@ def _measured_peak(name: str, dtype: str) -> int:
 def _speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
     rows = _rows(args.rows, LENGTH)
     tokens = args.rows * LENGTH
-    theirs, their_how, their_dtype, _ = _best("transformers", rows, args.threads)
-    ours, our_how, our_dtype, workers = _best("qnext", rows, args.threads)
+    their_dtype, their_workers = _best("transformers", rows, args)
+    our_dtype, workers = _best("qnext", rows, args)
+    theirs = _stepper(
+        Side("transformers", their_dtype), _joined(rows, their_workers), their_workers, args.threads
+    )
+    ours = _stepper(Side("qnext", our_dtype), _joined(rows, workers), workers, args.threads)
+    our_how = f"{our_dtype}, {workers} x {args.threads // workers} threads"
+    their_how = f"{their_dtype}, {their_workers} x {args.threads // their_workers} threads"
     mtp = Side("qnext", our_dtype, mtp=True)
     with_mtp = _stepper(mtp, _joined(rows, workers), workers, args.threads)
     packed = _stepper(Side("qnext", our_dtype), _packed(tokens, workers), workers, args.threads)
@@ -242,10 +249,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--peak", choices=("qnext", "transformers"), help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=DTYPES, help="of both sides, instead of a trial")
+    parser.add_argument("--workers", type=int, help="of both sides, instead of a trial")
     args = parser.parse_args()
     if args.peak:
-        _peak(args.peak, args.dtype, MEMORY_LENGTH)
+        _peak(args.peak, args.dtype or "bfloat16", MEMORY_LENGTH)
         return
     keep_freed_memory()
     result, dtypes = _speed(args)

@@ -70,6 +70,7 @@ CONFINED = {
     "gguf": {"bench"},
     "llama_cpp": {"bench"},
     "starlette": {"serve"},
+    "anyio": {"serve"},
     "uvicorn": {"serve"},
     "msgspec": {"serve"},
     "prometheus_client": {"serve"},
