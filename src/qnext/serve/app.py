@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -46,6 +47,8 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
+ENCODERS = 2
+"""Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
 ID_PREFIXES: dict[type, str] = {
     ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-", ResponsesRequest: "resp_",
@@ -132,6 +135,8 @@ class _Service:
         self._inspector = Inspector(llm, self.worker)
         self._log_prompts = log_prompts
         self._started = int(time.time())
+        # More threads would only wait for each other, and the event loop for all of them.
+        self._encoders = CapacityLimiter(ENCODERS)
         self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
         """(id of an answer, id of its request in the engine)."""
 
@@ -214,7 +219,7 @@ class _Service:
         """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
         code = None
         try:
-            pairs = await run_in_threadpool(asked.prepare, self.llm)
+            pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
             if isinstance(asked, Sampling) and asked.wants_inspection():
                 pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:
