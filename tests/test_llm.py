@@ -126,7 +126,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tiny_model):
 
 def reader_for(llm, *, stop=(), chat=False, inside=False) -> TextReader:
     request = Request(id="x", prompt_ids=(1,), params=SamplingParams(stop=stop))
-    return TextReader(llm.tokenizer, request, split_reasoning=chat, starts_in_reasoning=inside)
+    regions = llm.rule_book.regions("<think>" if inside else "", chat=False, plain=True)
+    return TextReader(llm.tokenizer, request, split_reasoning=chat, regions=regions)
 
 
 def feed(reader: TextReader, ids: list[int]):
@@ -175,7 +176,7 @@ def test_tool_calls_are_parts_of_the_answer(llm):
         llm.tokenizer,
         request,
         split_reasoning=True,
-        starts_in_reasoning=False,
+        regions=llm.rule_book.regions("", chat=True),
         conversation=Conversation(messages=(), options={}),
         tool_format=llm.template.tool_format,
         tools=tools,

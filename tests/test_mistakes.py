@@ -99,7 +99,8 @@ def test_the_built_in_template_is_announced_once(tmp_path, caplog):
 def test_an_empty_think_block_is_no_reasoning(llm, answer, reasons):
     ids = llm.tokenizer.encode(answer)
     request = Request(id="x", prompt_ids=(1,), params=SamplingParams(max_tokens=99))
-    reader = TextReader(llm.tokenizer, request, split_reasoning=True, starts_in_reasoning=False)
+    regions = llm.rule_book.regions("", chat=True)
+    reader = TextReader(llm.tokenizer, request, split_reasoning=True, regions=regions)
     deltas = []
     for number, token in enumerate(ids, 1):
         reason = "length" if number == len(ids) else None

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs, Usage
+from qnext.engine.regions import Regions
+from qnext.engine.request import EndedBy, Event, FinishReason, Request, TokenLogprobs, Usage
 from qnext.text.calls.parts import Part, Piece, ToolCall, assemble
 from qnext.text.output import OutputParser, ToolFormat
 from qnext.text.parse import StopMatcher
@@ -41,6 +42,8 @@ class Delta:
     stop_string: str | None = None
     """The stop string that ended the answer, if one did."""
     usage: Usage
+    ended_by: EndedBy | None = None
+    """What exactly ended the answer; None until the last delta."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -58,6 +61,8 @@ class Completion:
     """Every generated id, the end-of-sequence token included."""
     finish_reason: FinishReason
     usage: Usage
+    ended_by: EndedBy | None = None
+    """What exactly ended the answer."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     others: "tuple[Completion, ...]" = ()
@@ -106,14 +111,14 @@ class TextReader:
         request: Request,
         *,
         split_reasoning: bool,
-        starts_in_reasoning: bool,
+        regions: Regions,
         conversation: Conversation | None = None,
         tool_format: ToolFormat | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.request, self.conversation = request, conversation
         self._settings: dict[str, Any] = {
-            "split_reasoning": split_reasoning, "starts_in_reasoning": starts_in_reasoning,
+            "split_reasoning": split_reasoning, "regions": regions,
             "conversation": conversation, "tool_format": tool_format, "tools": tools,
         }  # fmt: skip
         self.stopped = False
@@ -123,12 +128,11 @@ class TextReader:
         self._stop = StopMatcher(list(request.params.stop))
         self._splits = split_reasoning
         self._parser = OutputParser(
-            starts_in_reasoning=starts_in_reasoning, split_reasoning=split_reasoning,
+            starts_in_reasoning=regions.starts_in == "reasoning", split_reasoning=split_reasoning,
             format=tool_format, tools=tools,
         )  # fmt: skip
-        self._think = (tokenizer.id_of("<think>"), tokenizer.id_of("</think>"))
-        self._thinking = starts_in_reasoning
-        self._reasoning_tokens = 0
+        self._regions, self._state = regions, regions.start()
+        self._calls_are_whole = tool_format is not None and bool(request.params.stop)
         self._has_thought = False
         self._used = 0
         self._ended = False
@@ -144,10 +148,14 @@ class TextReader:
         ends, raw, used = event.finish_reason is not None, "", 0
         last = len(event.token_ids) - 1
         for i, token in enumerate(event.token_ids):
-            self._count_reasoning(token)
+            before, self._state = self._state, self._regions.next(self._state, token)
             used += 1
             if i == last and event.finish_reason == "stop":
                 break  # the end-of-sequence token is not text
+            if self._calls_are_whole and "tool" in (before.region, self._state.region):
+                # No stop string cuts a call into two.
+                raw += self._stop.finish() + self._bytes.push([token])
+                continue
             emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
             raw += emit
             if self.stopped:
@@ -168,12 +176,13 @@ class TextReader:
             parts=tuple(parts),
             token_ids=tuple(event.token_ids[:used]),
             finish_reason="stop" if self.stopped else event.finish_reason,
+            ended_by="stop_string" if self.stopped else event.ended_by,
             stop_string=self._stop.matched,
             usage=replace(
                 event.usage,
                 completion_tokens=self._used,
                 # The newlines of a block that was left empty are no reasoning.
-                reasoning_tokens=self._reasoning_tokens if self._has_thought else 0,
+                reasoning_tokens=self._state.thought if self._has_thought else 0,
             ),
             logprobs=event.logprobs[:used],
             prompt_logprobs=event.prompt_logprobs,
@@ -193,15 +202,6 @@ class TextReader:
         if output.tool_calls:
             message["tool_calls"] = [call.as_message() for call in output.tool_calls]
         return message
-
-    def _count_reasoning(self, token: int) -> None:
-        opening, closing = self._think
-        if token == closing:
-            self._thinking = False
-        elif token == opening:
-            self._thinking = True
-        elif self._thinking:
-            self._reasoning_tokens += 1
 
 
 def _joined(parts: Sequence[Part], kind: str) -> str:

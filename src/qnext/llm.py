@@ -35,7 +35,7 @@ from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.rules import RuleBook, ToolUse
 from qnext.text.calls.parts import assemble
-from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate, opens_thinking
+from qnext.text.chat import BUILTIN_ORIGIN, ChatTemplate
 from qnext.text.history import beginning_after, stable_lengths
 from qnext.text.parse import TOOL_OPEN
 from qnext.text.places import message_places
@@ -207,13 +207,15 @@ class LLM:
             ids = self.tokenizer.encode(prompt)
         else:
             ids = [int(token) for token in prompt]
-        rules = None
-        if params.thinking_budget is not None or params.structured_outputs is not None:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
-            rules = self.rule_book.rules(params, self.rule_book.regions(text, chat=False))
-        request = self._request(ids, params, rules=rules)
+        text = prompt if isinstance(prompt, str) else self.rule_book.tags_in(ids)
+        plain = params.structured_outputs is None
+        regions = self.rule_book.regions(text, chat=False, plain=plain)
+        request = self._request(ids, params, rules=self.rule_book.rules(params, regions))
         return request, TextReader(
-            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
+            self.tokenizer,
+            request,
+            split_reasoning=False,
+            regions=regions,
         )
 
     def prepare_score(
@@ -227,8 +229,9 @@ class LLM:
         params = SamplingParams(temperature=0.0, prompt_logprobs=top)
         request = replace(self._request(ids, params, score_only=True), watch=watch)
         return request, TextReader(
-            self.tokenizer, request, split_reasoning=False, starts_in_reasoning=False
-        )
+            self.tokenizer, request, split_reasoning=False,
+            regions=self.rule_book.regions("", chat=False),
+        )  # fmt: skip
 
     def prepare_chat(
         self,
@@ -259,13 +262,14 @@ class LLM:
         use = ToolUse(
             tools=tools or (), choice=tool_choice, parallel=parallel_tool_calls, strict=strict
         )
-        rules = self.rule_book.rules(params, self.rule_book.regions(prompt, chat=True), use)
+        regions = self.rule_book.regions(prompt, chat=True)
+        rules = self.rule_book.rules(params, regions, use)
         request = self._request(ids, params, hints=hints, places=places, rules=rules)
         return request, TextReader(
             self.tokenizer,
             request,
             split_reasoning=True,
-            starts_in_reasoning=opens_thinking(prompt),
+            regions=regions,
             conversation=Conversation(messages=tuple(messages), options=options),
             tool_format=self.template.tool_format if tools and parse_tools else None,
             tools=tools,
@@ -578,6 +582,7 @@ def _complete(deltas: Iterator[Delta], *, thinks: bool = False) -> Completion:
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         finish_reason=last.finish_reason,
         usage=last.usage,
+        ended_by=last.ended_by,
         logprobs=tuple(item for piece in pieces for item in piece.logprobs),
         prompt_logprobs=tuple(item for piece in pieces for item in piece.prompt_logprobs),
     )

@@ -86,8 +86,12 @@ class RuleBook:
         self.thinks = THINK_OPEN in template.source
         self.form: ToolFormat = template.tool_format or "hermes"
 
-    def regions(self, prompt: str, *, chat: bool) -> Regions:
-        """The regions of an answer to a prompt."""
+    def regions(self, prompt: str, *, chat: bool, plain: bool = False) -> Regions:
+        """The regions of an answer to a prompt.
+
+        A conversation's answer may open a think block where its template knows one; a continued
+        text may if it is ``plain``: no grammar rules it.
+        """
         inside = opens_thinking(prompt)
         turn = prompt[prompt.rfind("<|im_start|>") :]
         think, tool, newlines = self._tags
@@ -95,9 +99,14 @@ class RuleBook:
         return Regions(
             think=think, tool=tool, newlines=newlines,
             starts_in="reasoning" if inside else "content",
-            may_think=chat and self.thinks and not inside and THINK_CLOSE not in turn,
+            may_think=(self.thinks and not inside and THINK_CLOSE not in turn) if chat else plain,
             spell=None if has_ids else self.tokenizer.token_bytes,
         )  # fmt: skip
+
+    def tags_in(self, ids: Sequence[int]) -> str:
+        """Of a prompt in token ids, the tags that say where its answer starts."""
+        texts = {tag.id: tag.text.decode() for tag in self._tags[0]}
+        return "".join(texts.get(token, "") for token in ids)
 
     def rules(
         self, params: SamplingParams, regions: Regions, use: ToolUse | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qnext.data import cleaning, reading
+from qnext.data.chats import chat_from_row
 from qnext.errors import DataError
 
 TEXTS = ["One cat sat.", "Zwei Hunde liefen über die Straße.", "三只鸟"]
@@ -42,6 +43,13 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert texts(path) == TEXTS
     with pytest.raises(DataError, match=r"has no column body; it has text, other"):
         list(reading.read_rows(path, columns=("body",)))
+    talk = [{"role": "user", "content": "a", "tools": None},
+            {"role": "assistant", "content": "b", "tools": None}]  # fmt: skip
+    parquet.write_table(pyarrow.table({"messages": [talk]}), tmp_path / "b.parquet")
+    [row] = reading.read_rows(tmp_path / "b.parquet")
+    chat = chat_from_row(row.value, row.where)
+    assert chat.messages == ({"role": "user", "content": "a"},
+                             {"role": "assistant", "content": "b"})  # fmt: skip
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         texts(path)

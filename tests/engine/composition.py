@@ -24,18 +24,31 @@ from oracle import with_oracle
 
 from qnext import llm as llm_module
 from qnext import native
-from qnext.engine import engine as engine_module
-from qnext.engine import ties
-from qnext.engine.request import SamplingParams, TokenLogprobs
+from qnext.engine import sampler, ties
+from qnext.engine.request import SamplingParams, StructuredOutputs, TokenLogprobs
 from qnext.llm import LLM, Completion, Delta, Stream
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
+from qnext.rules import RuleBook
+from qnext.text.chat import ChatTemplate
 from qnext.weights.decoder import load_decoder
 
 Model = CausalLM | NativeModel
 
 TOKENS = 16
-"""Length of an answer that nothing stops."""
+"""Length of an answer that nothing stops and that has no form."""
+
+TEMPLATE = """
+{%- if tools -%}
+    {{- "<|im_start|>system\\n<tool_call>: " ~ tools[0].function.name ~ "<|im_end|>\\n" -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" ~ message.role ~ "\\n" ~ message.content ~ "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n<think>\\n" ~ ("" if enable_thinking else "\\n</think>\\n\\n") -}}
+{%- endif -%}"""
+"""A template in miniature, so that tools cost no long prompt; it opens or closes a think block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +64,31 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     _plain: dict[str, "Plain"] = field(default_factory=dict, repr=False)
     _models: list[Model] = field(default_factory=list, repr=False)
+    _books: list[RuleBook] = field(default_factory=list, repr=False)
 
     def open(self, **options: Any) -> LLM:
         """The model with other options; two of them share the weights and nothing else."""
         settings = {"memory": "64MiB", "threads": 1, **self.options, **options}
         with mock.patch.object(llm_module, "load_decoder", self._load):
-            return LLM(self.folder, **settings)
+            llm = LLM(self.folder, **settings)
+        llm.template = ChatTemplate(TEMPLATE)
+        # Compiled grammars are shared like the weights.
+        if not self._books:
+            self._books.append(
+                RuleBook(llm.tokenizer, template=llm.template, eos_ids=llm.eos_ids,
+                         vocab_size=llm.config.vocab_size)
+            )  # fmt: skip
+        llm.rule_book = self._books[0]
+        return llm
 
     def _load(self, folder: Path, **options: Any) -> Model:
         if not self._models:
             self._models.append(load_decoder(folder, **options))
         return self._models[0]
+
+    def text_for(self, ask: "Ask") -> str:
+        """The text prompt, which may end inside the reasoning."""
+        return self.text + "\n<think>\n" if ask.opens_thinking else self.text
 
     @property
     def is_native(self) -> bool:
@@ -93,6 +120,9 @@ class Ask:
 
     params: dict[str, Any] = field(default_factory=lambda: {"max_tokens": TOKENS})
     chat: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """What a conversation is asked with beside its messages."""
+    opens_thinking: bool = False
     stop: str | None = None
     """How the answer ends early; where exactly is read off the plain run."""
 
@@ -125,6 +155,50 @@ LOGPROBS: dict[object, dict[str, Any]] = {
 }
 
 
+GRAMMARS: dict[object, dict[str, Any]] = {
+    None: {},
+    "json": {
+        "structured_outputs": StructuredOutputs(
+            json_schema={
+                "type": "object",
+                "properties": {
+                    "a": {"type": "string", "maxLength": 5},
+                    "b": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 2},
+                },
+                "required": ["a", "b"],
+                "additionalProperties": False,
+                "$defs": {"item": {"enum": ["x", "yes", 3, None]}},
+            }
+        )
+    },
+    "regex": {"structured_outputs": StructuredOutputs(regex="[a-z]{2,6}(, [a-z]{2,4}|-[0-9]{2})*")},
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find",
+            "parameters": {
+                "type": "object",
+                "properties": {"who": {"type": "string", "maxLength": 4}},
+                "required": ["who"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+def _think(ask: Ask, value: Any) -> None:
+    ask.opens_thinking = value
+    ask.options["enable_thinking"] = value
+
+
+def _tools(ask: Ask, value: Any) -> None:
+    if value is not None:
+        ask.options.update(tools=TOOLS, tool_choice=value)
+
+
 def _cache(way: Way, value: Any) -> None:
     way.warm = "cold" if value == "off" else value
     way.options["prefix_cache"] = value != "off"
@@ -132,11 +206,18 @@ def _cache(way: Way, value: Any) -> None:
 
 Edit = Callable[[Any, Any], Any]
 ASKS: dict[str, tuple[Sequence[object], Edit]] = {
-    "prompt": (("text", "chat"), lambda ask, value: setattr(ask, "chat", value == "chat")),
+    "prompt": (("chat", "text"), lambda ask, value: setattr(ask, "chat", value == "chat")),
     "sampling": (tuple(SAMPLING), lambda ask, value: ask.params.update(SAMPLING[value])),
     "stop": ((None, "token", "string"), lambda ask, value: setattr(ask, "stop", value)),
     "logprobs": (tuple(LOGPROBS), lambda ask, value: ask.params.update(LOGPROBS[value])),
     "choices": ((1, 2), lambda ask, value: ask.params.update(n=value)),
+    "thinking": ((False, True), _think),
+    "budget": (
+        (None, 0, 8, 64),
+        lambda ask, value: ask.params.update(thinking_budget=value),
+    ),
+    "grammar": (tuple(GRAMMARS), lambda ask, value: ask.params.update(GRAMMARS[value])),
+    "tools": ((None, "auto", "required"), _tools),
 }
 WAYS: dict[str, tuple[Sequence[object], Edit]] = {
     "cache": (("cold", "exact", "partial", "branch", "disk", "off"), _cache),
@@ -152,7 +233,7 @@ WAYS: dict[str, tuple[Sequence[object], Edit]] = {
     "park": ((None, "once", "often"), lambda way, value: setattr(way, "park", value)),
     "stream": ((False, True), lambda way, value: setattr(way, "stream", value)),
     "rollback": (("snapshots", "replay"), lambda way, value: setattr(way, "rollback", value)),
-    "threads": ((1, 2, 3), lambda way, value: way.options.update(threads=value)),
+    "threads": ((1, 2), lambda way, value: way.options.update(threads=value)),
 }
 FACTORS = {name: values for name, (values, _) in {**ASKS, **WAYS}.items()}
 TORCH_FACTORS = {name: values for name, values in FACTORS.items() if name != "threads"}
@@ -160,6 +241,8 @@ NATIVE_FACTORS = {name: values for name, values in FACTORS.items() if name != "r
 """The native cache knows one way to drop drafts, and the native kernels have their own threads."""
 RULED_OUT: list[dict[str, Sequence[object]]] = [
     {"stream": (True,), "choices": (2,)},  # a stream is one answer; more are refused
+    {"tools": ("auto", "required"), "prompt": ("text",)},  # tools belong to a conversation
+    {"tools": ("required",), "grammar": ("json", "regex")},  # an answer cannot be both
 ]
 
 
@@ -168,6 +251,10 @@ def ask_of(row: Row) -> Ask:
     ask = Ask()
     for name, (_, write) in ASKS.items():
         write(ask, row[name])
+    if row["thinking"] and row["budget"] in (0, 8):
+        ask.params["max_tokens"] += 40  # what is inserted, and some of the answer
+    if row["grammar"] or row["tools"] == "required":
+        ask.params["max_tokens"] += 16
     return ask
 
 
@@ -193,6 +280,10 @@ class Answer:
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int
+    forced_tokens: int
+    reasoning_was_cut: bool
+    ended_by: str | None
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]
 
@@ -226,7 +317,7 @@ def _string_across_tokens(subject: Subject, ids: Sequence[int]) -> str:
     for one, other in list(itertools.pairwise(pieces))[2:]:
         if "\ufffd" not in one + other and one.strip() and other.strip():
             return one[-1] + other[:2]
-    raise AssertionError(f"no two tokens of {pieces} are whole characters")
+    return "no such text"
 
 
 def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
@@ -234,18 +325,18 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
     answers, rivals, slacks = [], [], []
     prompt_ids: tuple[int, ...] = ()
     for choice in range(params.n):
-        rivals.append([])
-        slacks.append([])
+        noted: dict[int, tuple[tuple[int, ...], float]] = {}
         if ask.chat:
-            request, reader = llm.prepare_chat(subject.messages, params)
+            request, reader = llm.prepare_chat(subject.messages, params, **ask.options)
         else:
-            request, reader = llm.prepare_text(subject.text, params)
+            request, reader = llm.prepare_text(subject.text_for(ask), params)
         request = replace(request, choice=choice)
         prompt_ids = request.prompt_ids
         assert len(prompt_ids) > 90, len(prompt_ids)
         llm.engine.add(request)
         deltas = []
-        with mock.patch.object(engine_module, "choose", _noting(rivals[-1], slacks[-1])):
+        # Row by row, by the plain sampler: it names the rivals, and is what the native one equals.
+        with mock.patch.multiple(llm.engine, lanes=None, _choose=_noting(noted)):
             while llm.engine.has_work and not reader.stopped:
                 for event in llm.engine.step():
                     delta = reader.push(event)
@@ -255,19 +346,25 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
                 llm.engine.cancel(request.id)
                 llm.engine.step()
         answers.append(_answer(deltas))
+        # Forced tokens have no rivals, and no margin of their own.
+        widest = max((slack for _, slack in noted.values()), default=0.0)
+        places = range(len(answers[-1].token_ids))
+        rivals.append([noted.get(i, ((), 0.0))[0] for i in places])
+        slacks.append([noted.get(i, ((), widest))[1] for i in places])
     return Plain(
         params=params, prompt_ids=prompt_ids, answers=answers, rivals=rivals, slacks=slacks
     )
 
 
-def _noting(rivals: list, slacks: list):
-    choose = engine_module.choose
+def _noting(noted: dict[int, tuple[tuple[int, ...], float]]):
+    choose = sampler.choose
 
     def noting(logits: torch.Tensor, rows, *, defined_ids: int, tie_bound: float | None):
         chosen, others = choose(logits, rows, defined_ids=defined_ids, tie_bound=tie_bound)
-        rivals.extend(others)
-        if tie_bound is not None:
-            slacks.extend(ties.tolerance(logits.float().amax(-1), tie_bound).tolist())
+        assert tie_bound is not None
+        slacks = ties.tolerance(logits.float().amax(-1), tie_bound).tolist()
+        for row, some, slack in zip(rows, others, slacks, strict=True):
+            noted[row.index] = (some, slack)
         return chosen, others
 
     return noting
@@ -282,6 +379,10 @@ def _answer(pieces: Sequence[Delta] | Sequence[Completion]) -> Answer:
         finish_reason=last.finish_reason,
         prompt_tokens=last.usage.prompt_tokens,
         completion_tokens=last.usage.completion_tokens,
+        reasoning_tokens=last.usage.reasoning_tokens,
+        forced_tokens=last.usage.forced_tokens,
+        reasoning_was_cut=last.usage.reasoning_was_cut,
+        ended_by=last.ended_by,
         logprobs=tuple(one for piece in pieces for one in piece.logprobs),
         prompt_logprobs=tuple(one for piece in pieces for one in piece.prompt_logprobs),
     )
@@ -335,14 +436,16 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
         _interrupt(llm, plain.prompt_ids, often=way.park == "often")
     answers, usages = [], []
     if way.stream:
-        prompt = subject.messages if ask.chat else subject.text
-        pieces = list(llm.stream(prompt, plain.params))
+        if ask.chat:
+            pieces = list(llm.stream(subject.messages, plain.params, **ask.options))
+        else:
+            pieces = list(llm.stream(subject.text_for(ask), plain.params))
         answers, usages = [_answer(pieces)], [pieces[-1].usage]
     else:
         if ask.chat:
-            found = llm.chat(subject.messages, plain.params)
+            found = llm.chat(subject.messages, plain.params, **ask.options)
         else:
-            [found] = llm.generate(subject.text, plain.params)
+            [found] = llm.generate(subject.text_for(ask), plain.params)
         for one in (found, *found.others):
             answers.append(_answer([one]))
             usages.append(one.usage)
@@ -398,9 +501,10 @@ def assert_it_happened(row: Row, plain: Plain, composed: Composed) -> None:
     """A row that hits nothing, or interrupts nothing, shows nothing."""
     if row["cache"] not in ("cold", "off") and plain.params.prompt_logprobs is None:
         assert min(composed.cached) >= 64, (row, composed.cached)
-    if row["park"]:
+    sampled = len(plain.answers[0].token_ids) - plain.answers[0].forced_tokens
+    if row["park"] and sampled > 2:
         assert composed.parkings > 0, row
-    if row["drafts"] in (1, 2, 3, 4) and len(plain.answers[0].token_ids) > 8:
+    if row["drafts"] in (1, 2, 3, 4) and sampled > 12:
         assert composed.drafted > 0, row
 
 
@@ -456,7 +560,8 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
         for mine, others in zip(one.prompt_logprobs, other.prompt_logprobs, strict=True):
             _compare_logprobs(mine, others, widest, tally)
         if same == len(one.token_ids) == len(other.token_ids):
-            for name in ("text", "reasoning", "finish_reason", "completion_tokens"):
+            for name in ("text", "reasoning", "finish_reason", "completion_tokens",
+                         "reasoning_tokens", "forced_tokens", "ended_by"):  # fmt: skip
                 assert getattr(one, name) == getattr(other, name), name
             continue
         assert same < min(len(one.token_ids), len(other.token_ids)), (

@@ -191,6 +191,6 @@ def chat_from_row(row: Mapping[str, Any], where: str) -> Chat:
     if last < 0:
         raise DataError(f"{where}: no message has the role assistant: there is nothing to learn.")
     options = {k: row[k] for k in ("enable_thinking", "learn", "turns") if row.get(k) is not None}
-    return Chat(
-        messages=tuple(messages[: last + 1]), tools=tuple(row.get("tools") or ()), **options
-    )
+    # Columns of a Parquet file are there in every message, empty where they do not apply.
+    kept = [{k: v for k, v in message.items() if v is not None} for message in messages[: last + 1]]
+    return Chat(messages=tuple(kept), tools=tuple(row.get("tools") or ()), **options)

@@ -94,6 +94,8 @@ class Guide:
     rules: Rules
     failed: str | None = None
     """Why its grammar cannot go on."""
+    was_cut: bool = False
+    """Whether the reasoning has used up its budget."""
     _frames: list[Frame] = field(default_factory=list)
     """The newest committed place, then those behind drafts."""
 
@@ -151,7 +153,7 @@ class Guide:
         found: list[int] = []
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
-                some = self.rules.stop_thinking
+                some, self.was_cut = self.rules.stop_thinking, True
             else:
                 one = _only(self.mask())
                 some = () if one is None else (one,)

@@ -17,6 +17,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 """An end token or a complete form; a limit; the caller; a grammar that became too complex."""
 
 
+EndedBy = Literal[
+    "end_token", "stop_token", "stop_string", "form", "max_tokens", "context", "cancelled", "error"
+]
+"""What exactly ended an answer. ``form`` is a grammar or a call that was complete."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutputs:
     """The form of an answer; exactly one of these. RequestError for none or several."""
@@ -189,7 +195,7 @@ class TokenLogprobs:
     """(token id, log-probability), likeliest first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Usage:
     """What a request has cost so far, in tokens."""
 
@@ -203,6 +209,10 @@ class Usage:
     accepted_tokens: int = 0
     """Of those, the ones that are part of the answer."""
     forced_tokens: int = 0
+    """Tokens of the answer that were not chosen: inserted at the end of a thinking budget, or the
+    only ones a grammar allowed. They are neither drafted nor accepted."""
+    reasoning_was_cut: bool = False
+    """Whether the thinking budget ended the reasoning."""
     near_ties: int = 0
     """Tokens of the answer that another order of rounding might have chosen otherwise."""
     cache: CacheReport | None = None
@@ -223,7 +233,7 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Event:
     """What one step added to one request."""
 
@@ -233,6 +243,7 @@ class Event:
     finish_reason: FinishReason | None
     """None while the request runs."""
     usage: Usage
+    ended_by: EndedBy | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """For the prompt's tokens from the second on; only in the last event before the answer."""

@@ -5,13 +5,15 @@ of a prompt, in one step if they fit. Without log-probabilities they are told of
 them, when the row before each has been run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from qnext.engine.request import Event, FinishReason, Request, Usage
-from qnext.engine.sampler import logprobs_of
+from qnext.engine.request import EndedBy, Event, FinishReason, Request, TokenLogprobs, Usage
 from qnext.engine.scheduler import Sequence as Running
+
+LogprobsOf = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprobs]]
+"""Of logits [R, V], one token of each row and so many of the best."""
 
 
 def stop_ids(request: Request) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ def known_rows(sequence: Running, count: int) -> range:
     return range(max(first, 0), max(first, 0, min(count, sequence.length - 1 - start)))
 
 
-def note_forced(sequence: Running, logits: Tensor) -> None:
+def note_forced(sequence: Running, logits: Tensor, logprobs_of: LogprobsOf) -> None:
     """Log-probabilities of forced tokens, from the rows [n, V] before them."""
     top = sequence.request.params.logprobs
     if top is None or not len(logits):
@@ -99,14 +101,30 @@ def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None)
     tokens = tuple(sequence.output_ids[sequence.told : ready])
     scored = () if sequence.told else tuple(sequence.prompt_logprobs)
     sequence.told = ready
+    reason = sequence.ends if ready == len(sequence.output_ids) else None
     return Event(
         request_id=sequence.request.id,
         token_ids=tokens,
-        finish_reason=sequence.ends if ready == len(sequence.output_ids) else None,
+        finish_reason=reason,
+        ended_by=None if reason is None else ended_by(sequence, reason),
         usage=usage_of(sequence),
         logprobs=logprobs,
         prompt_logprobs=scored,
     )
+
+
+def ended_by(sequence: Running, reason: FinishReason) -> EndedBy:
+    """What exactly ended an answer."""
+    request, params = sequence.request, sequence.request.params
+    if reason == "length":
+        is_own = params.max_tokens is not None and sequence.max_tokens == params.max_tokens
+        return "max_tokens" if is_own or request.score_only else "context"
+    if reason != "stop":
+        return reason
+    last = sequence.output_ids[-1]
+    if last in request.eos_ids and not params.ignore_eos:
+        return "end_token"
+    return "stop_token" if last in params.stop_token_ids else "form"
 
 
 def usage_of(sequence: Running) -> Usage:
@@ -120,5 +138,6 @@ def usage_of(sequence: Running) -> Usage:
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
         forced_tokens=sequence.forced,
+        reasoning_was_cut=sequence.guide is not None and sequence.guide.was_cut,
         near_ties=sequence.near_ties,
     )

@@ -18,6 +18,7 @@ from qnext.errors import DataError
 from qnext.eval import question_tasks, text_tasks
 from qnext.eval.scores import Report, share
 from qnext.llm import LLM
+from qnext.weights.checkpoint import load_model
 
 TASKS = ("text", "pairs", "drafts", "arithmetic", "problems", "budget", "needles", "tools",
          "samples")  # fmt: skip
@@ -115,12 +116,15 @@ def _drafts(llm: LLM, options: Options, report: Report) -> dict[str, Any] | None
     if not llm.config.num_mtp_layers:
         report.skipped["drafts"] = "the model has no MTP head"
         return None
-    prompts = text_tasks.openings(llm, options.held_out, count=max(8, 4 * options.items))
+    texts = text_tasks.passages(llm, options.held_out, count=max(8, 4 * options.items))
+    prompts = [ids[: 1 + text_tasks.OPENING] for ids in texts]
     with LLM(
         options.model, threads=options.threads, backend=options.backend, prefix_cache=False,
         speculative_tokens=1,
     ) as drafting:  # fmt: skip
-        return text_tasks.draft_acceptance(drafting, prompts)
+        found = text_tasks.draft_acceptance(drafting, prompts)
+    model = load_model(options.model)
+    return {**found, "teacher_forced": text_tasks.teacher_forced(model, texts[:40])}
 
 
 def _graded(llm: LLM, groups: Any) -> dict[str, Any]:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qnext.data.chats import ChatEncoder, chat_from_row
 from qnext.data.reading import read_rows
 from qnext.engine.request import SamplingParams
 from qnext.errors import DataError
 from qnext.eval.scores import share
 from qnext.llm import LLM
+from qnext.model.batch import TokenBatch
+from qnext.model.model import CausalLM
 
+OPENING = 32
+"""Tokens of a story that generation goes on from."""
 PIECE = 1024
 """Tokens judged together; longer documents are cut, and a piece's first token is not judged."""
 STORIES = ("tinystories", "picture_books", "children_classics", "fiction")
@@ -116,8 +122,8 @@ def minimal_pairs(llm: LLM, file: Path, *, per_paradigm: int) -> dict[str, Any]:
     }
 
 
-def openings(llm: LLM, folder: Path, count: int, *, prompt_tokens: int = 32) -> list[list[int]]:
-    """Beginnings of held-out story passages, as ids after a document start."""
+def passages(llm: LLM, folder: Path, count: int) -> list[list[int]]:
+    """Held-out story passages of at least 64 tokens, as ids after a document start."""
     end = _end_of_text(llm)
     found: list[list[int]] = []
     for name in STORIES:
@@ -126,8 +132,8 @@ def openings(llm: LLM, folder: Path, count: int, *, prompt_tokens: int = 32) -> 
             continue
         for text in _passages(file):
             ids = llm.tokenizer.encode(text, allow_added=False)
-            if len(ids) > 2 * prompt_tokens:
-                found.append([end, *ids[:prompt_tokens]])
+            if len(ids) >= 64:
+                found.append([end, *ids])
             if len(found) == count:
                 return found
     if not found:
@@ -162,6 +168,28 @@ def draft_acceptance(llm: LLM, prompts: list[list[int]], *, tokens: int = 128) -
         "openings": len(prompts),
         "tokens": sum(one.usage.completion_tokens for one in answers),
         "tokens_each": tokens,
+    }
+
+
+@torch.no_grad()
+def teacher_forced(model: CausalLM, texts: list[list[int]]) -> dict[str, Any]:
+    """How often the MTP head's first choice for the token after next is what the main head says
+    one token later, and how often it is the text's own token, on given texts.
+    """
+    right = same = total = 0
+    for ids in texts:
+        batch = TokenBatch.pack([torch.tensor(ids)])
+        hidden_PD = model.run(batch)
+        next_ids = torch.cat((batch.ids[1:], batch.ids.new_zeros(1)))
+        drafted = model.lm_logits(model.run_mtp(batch, next_ids, hidden_PD))[:-2].argmax(-1)
+        main = model.lm_logits(hidden_PD)[1:-1].argmax(-1)
+        right += int((drafted == batch.ids[2:]).sum())
+        same += int((drafted == main).sum())
+        total += len(drafted)
+    return {
+        "same_as_main_head": round(same / total, 4),
+        "right": round(right / total, 4),
+        "tokens": total,
     }
 
 

@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -31,13 +31,15 @@ from qnext.llm import LLM
 from qnext.serve.answering import EventStream, failed, run_to_end
 from qnext.serve.api.chat import ChatRequest
 from qnext.serve.api.completions import CompletionRequest
-from qnext.serve.api.fields import Head
+from qnext.serve.api.fields import Head, Sampling
 from qnext.serve.api.messages import CountRequest, MessagesRequest
 from qnext.serve.api.responses import ResponsesRequest
 from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 from qnext.serve.gate import Gate, Rules
+from qnext.serve.inspecting import Inspector
 from qnext.serve.metrics import MEDIA_TYPE, Metrics
 from qnext.serve.openapi import document
+from qnext.serve.page import page_routes
 from qnext.serve.reading import Body, read_body
 from qnext.serve.refusals import ApiError, shape_of
 from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, Worker
@@ -45,6 +47,8 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
+ENCODERS = 2
+"""Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
 ID_PREFIXES: dict[type, str] = {
     ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-", ResponsesRequest: "resp_",
@@ -52,19 +56,6 @@ ID_PREFIXES: dict[type, str] = {
 }  # fmt: skip
 
 _log = logging.getLogger(__name__)
-_UI = Path(__file__).resolve().parent / "ui"
-_PAGE = {"/": ("index.html", "text/html"), "/ui/app.js": ("app.js", "text/javascript"),
-         "/ui/style.css": ("style.css", "text/css")}  # fmt: skip
-# The page loads nothing from elsewhere, and nothing the model writes can run or load anything.
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +97,9 @@ def create_app(
         "/health": (service.health, "GET"),
         "/metrics": (service.metrics_page, "GET"),
         "/cache/explain": (service.explain, "GET"),
+        "/inspect/{id}": (service.inspect, "GET"),
         "/openapi.json": (_document, "GET"),
-        **{path: (_page_file(*what), "GET") for path, what in _PAGE.items()},
+        **{path: (handler, "GET") for path, handler in page_routes().items()},
     }
     middleware = [Middleware(Gate, rules=rules, metrics=service.metrics)]
     if origins:
@@ -140,8 +132,11 @@ class _Service:
         self.llm, self.limits, self.names = llm, limits, names
         self.worker = Worker(llm, max_waiting=limits.max_waiting)
         self.metrics = Metrics(llm, self.worker)
+        self._inspector = Inspector(llm, self.worker)
         self._log_prompts = log_prompts
         self._started = int(time.time())
+        # More threads would only wait for each other, and the event loop for all of them.
+        self._encoders = CapacityLimiter(ENCODERS)
         self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
         """(id of an answer, id of its request in the engine)."""
 
@@ -171,6 +166,8 @@ class _Service:
             )
             record.answer = head.id
             self._answers.append((head.id, job.requests[0].id))
+            if isinstance(asked, Sampling) and asked.wants_inspection():
+                self._inspector.remember(head.id, job.requests[0])
             writer = asked.writer(self.llm, head)
             headers = {"x-qnext-ignored": ", ".join(record.ignored)} if record.ignored else {}
             if asked.stream:
@@ -222,7 +219,9 @@ class _Service:
         """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
         code = None
         try:
-            pairs = await run_in_threadpool(asked.prepare, self.llm)
+            pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
+            if isinstance(asked, Sampling) and asked.wants_inspection():
+                pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:
                 code = "context_length_exceeded"
             return await self.worker.submit(pairs, timeout_s=self.limits.timeout_s)
@@ -270,6 +269,10 @@ class _Service:
     async def metrics_page(self, http: HttpRequest) -> Response:
         """GET /metrics"""
         return Response(self.metrics.text(), headers={"content-type": MEDIA_TYPE})
+
+    async def inspect(self, http: HttpRequest) -> Response:
+        """GET /inspect/ID: inside an answer that was asked for with ``qnext.inspect``."""
+        return _json(await self._inspector.inspect(http.path_params["id"]))
 
     async def explain(self, http: HttpRequest) -> Response:
         """GET /cache/explain: the last requests, newest first; ?request=ID for one, ?last=N."""
@@ -353,18 +356,6 @@ async def _internal_error(http: HttpRequest, error: Exception) -> Response:
     return _json(answer.body(shape_of(http.url.path)), status=500)
 
 
-# -- the page ----------------------------------------------------------------------------------
-
-
 async def _document(http: HttpRequest) -> Response:
     """GET /openapi.json"""
     return _json(document())
-
-
-def _page_file(name: str, media_type: str) -> Any:
-    content = (_UI / name).read_bytes()
-
-    async def page(http: HttpRequest) -> Response:
-        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
-
-    return page

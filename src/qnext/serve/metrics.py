@@ -99,6 +99,10 @@ class _EngineCollector(Collector):
         for name, (value, words) in gauges.items():
             yield GaugeMetricFamily(f"qnext_{name}", words, value=float(value))
         yield CounterMetricFamily("qnext_steps", "Steps of the engine", value=load.steps)
+        yield CounterMetricFamily(
+            "qnext_generated_tokens", "Tokens of answers as they are written",
+            value=self._worker.generated,
+        )  # fmt: skip
         prompt = CounterMetricFamily(
             "qnext_prompt_tokens", "Tokens of prompts by what became of them", labels=["fate"]
         )

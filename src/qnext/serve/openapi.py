@@ -93,6 +93,10 @@ OPERATIONS: dict[str, Operation] = {
         ),
         refusals=("400", "401", "403", "404"),
     ),
+    "/inspect/{id}": Operation(
+        summary="Inside an answer that was asked for with qnext.inspect",
+        answer=shapes.Inspection, refusals=("400", "401", "403", "404", "503"),
+    ),
 }  # fmt: skip
 
 

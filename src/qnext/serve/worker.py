@@ -155,6 +155,8 @@ class Worker:
         self._usual_s = 1.0
         """How long a request took lately, on average."""
         self.draining = False
+        self.generated = 0
+        """Tokens of answers, those of unfinished ones included."""
         self.load = self._look()
         self.ended: Counter[str] = Counter()
         """Requests by the way they ended."""
@@ -298,6 +300,7 @@ class Worker:
             if found is None:
                 continue  # cancelled while it ran
             job, index, reader = found
+            self.generated += len(event.token_ids)
             delta = reader.push(event)
             if reader.stopped:
                 self._llm.engine.cancel(event.request_id, "stop")

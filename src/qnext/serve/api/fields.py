@@ -176,6 +176,8 @@ class QnextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     explain: bool | None = None
     """Say in the usage what of the prompt was reused, and why not more."""
+    inspect: bool | None = None
+    """Remember the answer for ``GET /inspect/ID``."""
 
 
 class Sampling(RequestBody, kw_only=True):
@@ -204,6 +206,10 @@ class Sampling(RequestBody, kw_only=True):
     def wants_explanation(self) -> bool:
         """Whether the usage says why no more was reused."""
         return bool(self.qnext and self.qnext.explain)
+
+    def wants_inspection(self) -> bool:
+        """Whether the answer is to be remembered for ``GET /inspect/ID``."""
+        return bool(self.qnext and self.qnext.inspect)
 
     def limit(self) -> int | None:
         """Most tokens to generate; None for as many as the context holds."""

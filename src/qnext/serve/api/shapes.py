@@ -230,6 +230,20 @@ class CacheExplanations(msgspec.Struct, kw_only=True):
     counts: dict[str, int]
 
 
+class Inspection(msgspec.Struct, kw_only=True):
+    """Inside an answer: its tokens, the experts of every token and sparse layer, its memory."""
+
+    id: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    num_experts: int
+    experts_per_token: int
+    routes: list[list[list[int]]]
+    memory: dict[str, float]
+
+
 class ErrorDetail(msgspec.Struct, kw_only=True):
     """What is wrong, and where."""
 

@@ -1,0 +1,283 @@
+"""The chat in a browser: send, stream, stop, edit, branches, thinking, history, keys."""
+
+import json
+
+import pytest
+from browser_steps import ask, until, wait_for_answer
+
+QUESTION = "What is 17 + 25?"
+STORY = "Tell me a short story about a fox and the moon."
+
+
+def answers(page) -> list[str]:
+    return page.locator("article.model .prose").all_inner_texts()
+
+
+def test_an_answer_streams_and_says_what_it_took(visit, slow_site) -> None:
+    page = visit()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 5")
+    begun = answers(page)[0]
+    until(page, f"document.querySelector('.model .prose').textContent.length > {len(begun)}")
+    assert answers(page)[0].startswith(begun[:5])
+    wait_for_answer(page)
+    messages = [{"role": "user", "content": STORY}]
+    whole = slow_site.client.post(
+        "/v1/chat/completions", json={"messages": messages, "temperature": 0}
+    ).json()
+    text = whole["choices"][0]["message"]["content"]
+    assert "".join(answers(page)[0].split()) == "".join(text.split())
+    remark = page.locator(".remark").inner_text()
+    for words in ("tokens/s", "first after", "drafts accepted",
+                  f"{whole['usage']['completion_tokens']} tokens"):  # fmt: skip
+        assert words in remark
+    # The second turn finds the first in the cache, and the page says so.
+    ask(page, "And then?")
+    assert "prompt tokens cached" in page.locator(".remark").last.inner_text()
+
+
+def test_stop_ends_the_answer_and_the_request(visit, slow_site) -> None:
+    page = visit()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 5")
+    page.get_by_role("button", name="Stop").click()
+    wait_for_answer(page)
+    assert "stopped" in page.locator(".remark").inner_text()
+    slow_site.wait_until(busy=0)
+    part = answers(page)[0]
+    assert part
+    page.reload()
+    assert answers(page)[0] == part
+    page.get_by_label("Message", exact=True).fill("again")
+    assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def test_editing_makes_a_branch_and_the_old_one_stays(visit) -> None:
+    page = visit()
+    ask(page, "Who are you?")
+    first = answers(page)
+    page.locator(".user").hover()
+    page.get_by_role("button", name="Edit").click()
+    field = page.get_by_label("Edit the message")
+    assert field.input_value() == "Who are you?"
+    field.fill(QUESTION)
+    page.get_by_role("article").get_by_role("button", name="Send").click()
+    until(page, f"document.querySelector('.user .text')?.textContent === '{QUESTION}'")
+    wait_for_answer(page)
+    second = answers(page)
+    assert second != first
+    assert page.locator(".user .branches").inner_text() == "2 / 2"
+    page.get_by_role("button", name="Earlier version").click()
+    assert answers(page) == first
+    assert page.locator(".user .text").inner_text() == "Who are you?"
+    page.reload()
+    assert answers(page) == first
+    page.get_by_role("button", name="Later version").click()
+    assert answers(page) == second
+
+
+def test_answering_again_adds_a_version(visit) -> None:
+    page = visit(settings={"temperature": 1.2, "seed": 1})
+    ask(page, STORY)
+    first = answers(page)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").fill("2")
+    page.get_by_label("Seed").press("Tab")
+    page.get_by_role("button", name="Answer again").click()
+    page.wait_for_selector(".model .branches")
+    wait_for_answer(page)
+    assert page.locator(".model .branches").inner_text() == "2 / 2"
+    assert answers(page) != first
+    page.locator(".model").get_by_role("button", name="Earlier version").click()
+    assert answers(page) == first
+
+
+def test_thoughts_are_folded_and_counted(visit) -> None:
+    page = visit()
+    ask(page, QUESTION)
+    fold = page.locator(".reasoning")
+    assert not fold.locator(".text").is_visible()
+    title = fold.locator("summary").inner_text()
+    assert "Thought for" in title
+    assert "tokens" in title
+    fold.locator("summary").click()
+    assert len(fold.locator(".text").inner_text()) > 5
+
+
+def test_a_thinking_budget_ends_the_thoughts(visit) -> None:
+    def thoughts(page) -> str:
+        ask(page, QUESTION)
+        page.locator(".reasoning summary").click()
+        return page.locator(".reasoning .text").inner_text()
+
+    # The shortest budget but none, 32 tokens; then the sentence that closes the thoughts.
+    free, bound = visit(), visit(settings={"temperature": 0, "budget": 1})
+    begun, _, closing = thoughts(bound).partition("Considering the limited time")
+    assert closing
+    assert begun.strip()
+    assert len(begun) < len(thoughts(free))
+    assert answers(bound)[0]
+
+
+def test_settings_reach_the_server(visit) -> None:
+    page = visit(settings=None)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature").fill("0.25")
+    page.get_by_label("Longest answer").fill("7")
+    slider = page.get_by_label("Thinking budget")
+    slider.press("Home")
+    for _ in range(2):
+        slider.press("ArrowRight")
+    assert page.locator("#budget-text").inner_text() == "64 tokens"
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_label("Message", exact=True).fill("Hello")
+        page.get_by_label("Message", exact=True).press("Enter")
+    body = json.loads(sent.value.post_data)
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
+    assert body["temperature"] == 0.25
+    assert body["max_tokens"] == 7
+    assert body["thinking_budget"] == 64
+    wait_for_answer(page)
+    assert "7 tokens" in page.locator(".remark").inner_text()
+    page.get_by_label("Think before answering").uncheck()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_label("Message", exact=True).fill("Hello")
+        page.get_by_label("Message", exact=True).press("Enter")
+    body = json.loads(sent.value.post_data)
+    assert "thinking_budget" not in body
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    wait_for_answer(page)
+    assert "7 tokens" in page.locator(".remark").last.inner_text()
+
+
+def test_a_refusal_is_shown_and_the_conversation_goes_on(visit) -> None:
+    page = visit(settings={"temperature": 500})
+    ask(page, "Hello")
+    assert "failed" in page.locator(".model").get_attribute("class")
+    page.errors.clear()  # the browser notes the status 400 itself
+    page.evaluate("localStorage.setItem('qnext.settings', '{\"temperature\": 0}')")
+    page.reload()
+    page.get_by_role("button", name="Answer again").click()
+    page.wait_for_selector(".model .branches")
+    wait_for_answer(page)
+    assert answers(page)[0]
+
+
+def test_conversations_survive_a_reload_and_travel_as_a_file(visit, tmp_path) -> None:
+    page = visit()
+    ask(page, QUESTION)
+    said = answers(page)
+    page.reload()
+    assert answers(page) == said
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    page.get_by_role("button", name="New chat").click()
+    assert answers(page) == []
+    ask(page, "Who are you?")
+    names = page.locator("#conversations .name").all_inner_texts()
+    assert names == ["Who are you?", QUESTION]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all").click()
+    file = tmp_path / "chats.json"
+    download.value.save_as(file)
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    assert [one["title"] for one in saved["conversations"]] == names
+    page.on("dialog", lambda dialog: dialog.accept())
+    for name in names:
+        page.get_by_role("button", name=f"Delete {name}").click()
+    assert page.locator("#conversations .name").count() == 0
+    page.locator("#import-file").set_input_files(file)
+    page.locator("#conversations").get_by_role("button", name=QUESTION, exact=True).click()
+    assert answers(page) == said
+    file.write_text('{"format": "something else"}')
+    page.locator("#import-file").set_input_files(file)
+    assert "no conversations" in page.get_by_role("alert").inner_text()
+
+
+def test_leaving_in_the_middle_keeps_what_was_there(visit, slow_site) -> None:
+    page = visit()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 20")
+    page.reload()
+    assert page.locator(".user .text").inner_text() == STORY
+    assert len(answers(page)[0]) > 10
+    slow_site.wait_until(busy=0)
+
+
+def test_a_deleted_conversation_does_not_come_back_with_its_answer(visit, slow_site) -> None:
+    page = visit()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 5")
+    page.get_by_role("button", name=f"Delete {STORY}").click()
+    slow_site.wait_until(busy=0)
+    page.reload()
+    assert page.locator("#conversations li").count() == 0
+    assert answers(page) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_follow_the_system_and_the_button(visit, scheme) -> None:
+    page = visit(color_scheme=scheme)
+
+    def lightness() -> int:
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour[4:-1].split(",")) // 3
+
+    assert (lightness() > 128) == (scheme == "light")
+    page.locator("#theme").click()
+    assert (lightness() > 128) == (scheme == "dark")
+    page.reload()
+    until(page, "document.title !== 'qnext'")
+    assert (lightness() > 128) == (scheme == "dark")
+
+
+def test_everything_works_by_keyboard_alone(visit) -> None:
+    page = visit()
+    at = "document.activeElement"
+    control = f"{at}.matches('a, button, summary, input, textarea')"
+    focused = f"{control} ? {at}.getAttribute('aria-label') ?? {at}.textContent : ''"
+
+    def tab_to(name: str, *, back: bool = False) -> None:
+        for _ in range(40):
+            if name in page.evaluate(focused):
+                return
+            page.keyboard.press("Shift+Tab" if back else "Tab")
+        raise AssertionError(f"{name} cannot be reached; at {page.evaluate(focused)}")
+
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    wait_for_answer(page)
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    tab_to("Thought", back=True)
+    page.keyboard.press("Enter")
+    assert page.locator(".reasoning .text").is_visible()
+    tab_to("Inspect this answer")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".chips")
+    until(page, "document.activeElement.id === 'inspect'")
+    for _ in range(20):
+        if page.evaluate("document.activeElement.getAttribute('role')") == "option":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Home")
+    assert "token 1," in page.locator(".detail h4").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert "token 2," in page.locator(".detail h4").inner_text()
+    tab_to("Chat", back=True)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chat:visible")
+    tab_to("Settings")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "set-system"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "tune"
