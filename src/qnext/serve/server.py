@@ -21,7 +21,6 @@ from qnext.serve.worker import Worker
 BACKLOG = 1024
 DRAIN_S = 30.0
 """Answers that are being written when the server is told to stop get this long to end."""
-SWITCH_S = 0.001
 SHUTDOWN_S = 5
 """Time for what is left after that: to say why answers ended, and to close connections."""
 
@@ -121,8 +120,6 @@ def serve(llm: LLM, listener: socket.socket, serving: Serving | None = None) -> 
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     server = _Server(config, app.state.worker, serving.drain_s)
-    # The event loop must not wait long for the engine's thread: it has only little to do at a time.
-    sys.setswitchinterval(SWITCH_S)
     print(banner(llm, listener, serving), flush=True)
     server.run(sockets=[listener])
     return 0 if server.started else 1
