@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qnext.ops.segments import Segments
 
-CHUNK = 32
-"""Tokens solved at once. The work inside a chunk grows with its size, the number of steps falls."""
+CHUNK, WIDE_CHUNK = 32, 64
+"""Tokens solved at once, for heads of at most 64 dimensions and for wider ones. The work inside a
+chunk grows with its size, the work on states falls, and that grows with the square of a head."""
 LANE = 256
 """Tokens that documents of a batch of short ones share; more would be steps with little to do."""
 EPSILON = 1e-6
@@ -412,4 +413,5 @@ def gated_delta_whole_training(
     """The contract of ``GatedDeltaWhole`` with a backward of its own."""
     if not segments.total:
         return v.float() * 0.0
-    return _GatedDelta.apply(q, k, v, g, beta, lane_table(segments, CHUNK))
+    chunk = CHUNK if max(q.shape[-1], v.shape[-1]) <= 64 else WIDE_CHUNK
+    return _GatedDelta.apply(q, k, v, g, beta, lane_table(segments, chunk))

@@ -106,6 +106,21 @@ def test_thoughts_are_folded_and_counted(visit) -> None:
     assert len(fold.locator(".text").inner_text()) > 5
 
 
+def test_a_thinking_budget_ends_the_thoughts(visit) -> None:
+    def thoughts(page) -> str:
+        ask(page, QUESTION)
+        page.locator(".reasoning summary").click()
+        return page.locator(".reasoning .text").inner_text()
+
+    # The shortest budget but none, 32 tokens; then the sentence that closes the thoughts.
+    free, bound = visit(), visit(settings={"temperature": 0, "budget": 1})
+    begun, _, closing = thoughts(bound).partition("Considering the limited time")
+    assert closing
+    assert begun.strip()
+    assert len(begun) < len(thoughts(free))
+    assert answers(bound)[0]
+
+
 def test_settings_reach_the_server(visit) -> None:
     page = visit(settings=None)
     page.get_by_role("button", name="Settings").click()
