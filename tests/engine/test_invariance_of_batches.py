@@ -43,7 +43,7 @@ def check(folder, count: int, **options) -> None:
                     assert run(llm, some) == {i: plain[i] for i in some}, (drafts, size)
 
 
-KINDS = [("torch", "float32"), ("native", "float32"), ("native", "bfloat16")]
+KINDS = [("torch", "float32"), ("torch", "bfloat16"), ("native", "float32"), ("native", "bfloat16")]
 
 
 def fits(backend: str) -> None:
