@@ -8,7 +8,7 @@ PORT ?= 8000
 PIP_ARGS ?=
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-all setup lint fix native sanitize mini tables measure bench bench-quick clean
+.PHONY: serve test test-all setup lint fix native sanitize mini tables measure bench bench-quick screenshots clean
 
 serve: $(VENV)/.serve
 	$(BIN)/qnext serve --host $(HOST) --port $(PORT)
@@ -62,6 +62,10 @@ measure: $(VENV)/.dev
 	$(BIN)/python -m tools.measure_parity
 	$(BIN)/python -m benchmarks.against_transformers
 	$(BIN)/python -m tools.tables
+
+# Pictures of the page for the documents; they need a Chromium (.venv/bin/playwright install chromium).
+screenshots: $(VENV)/.dev
+	$(BIN)/python -m tools.screenshots
 
 # Speed of the native kernels on shape M beside llama.cpp and transformers: docs/benchmarks.md.
 # The machine must be idle. WORK takes 45 GB of models (60 while they are made); they are kept.

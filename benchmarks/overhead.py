@@ -3,10 +3,11 @@
     python -m benchmarks.overhead [--batch 16] [--steps 200] [--threads 2] [--record]
 
 The model has random weights and about 50 million parameters, and runs on the native kernels and on
-PyTorch. Its forward is the native decoder's call, or ``run``, ``lm_logits`` and ``run_mtp``, and
-nothing else; planning, building the batch, sampling, accepting, keeping state and pages, and events
-are outside. Every step is split by a stopwatch around the parts of the engine; its own cost, about
-a microsecond a call, counts as outside.
+PyTorch. Its forward is the native decoder's, or ``run``, ``lm_logits`` and ``run_mtp``, and nothing
+else; planning, building the batch, sampling, accepting, keeping state and pages, and events are
+outside. A native step that does several of these in one call says how long each took. Every step
+is split by a stopwatch around the parts of the engine; its own cost, about a microsecond a call,
+counts as outside.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from benchmarks.harness import write_result
 from qnext import cost, native
 from qnext.config import ModelConfig
 from qnext.engine import drafting as drafting_module
-from qnext.engine import engine as engine_module
 from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
@@ -66,8 +66,12 @@ SAMPLINGS: Mapping[str, Mapping[str, Any]] = {
 
 MODEL_PARTS = ("decoder", "layers", "lm_head", "draft layer")
 """What counts as the model's forward; everything else is the engine."""
-DECODER_PARTS = {"forward": "decoder", "forward_mtp": "draft layer", "propose": "draft layer"}
+DECODER_PARTS = {"forward": "decoder", "forward_mtp": "draft layer"}
 """Calls of the native decoder that are the model's."""
+MODULE_PARTS = {"propose": "draft layer"}
+"""Calls of the native module that are the model's; ``advance`` is some of everything."""
+ADVANCE_PARTS = ("decoder", "sample", "draft layer")
+"""Of what ``advance`` returns the seconds."""
 PROMPT_TOKENS = 32
 WARM_UP_STEPS = 10
 DRAFTS = (0, 2)
@@ -99,6 +103,19 @@ class Stopwatch:
 
         return timed
 
+    def parts_of(self, names: Sequence[str], work: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function; the seconds it returns last go to ``names``, the rest outside."""
+
+        def timed(*args: Any) -> Any:
+            found = work(*args)
+            for name, seconds in zip(names, found[-len(names) :], strict=True):
+                self.seconds[name] += seconds
+                if self._inner:
+                    self._inner[-1] += seconds
+            return found
+
+        return timed
+
 
 class TimedDecoder:
     """A native decoder whose calls are timed; it takes no attributes of its own, hence this."""
@@ -111,6 +128,23 @@ class TimedDecoder:
         return self._watch.around(DECODER_PARTS[name], found) if name in DECODER_PARTS else found
 
 
+class TimedModule:
+    """The native module, whose steps are timed; the decoder they take is the real one."""
+
+    def __init__(self, module: Any, watch: Stopwatch) -> None:
+        self._module, self._watch = module, watch
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name == "advance":
+            found = self._watch.parts_of(ADVANCE_PARTS, found)
+        elif name in MODULE_PARTS:
+            found = self._watch.around(MODULE_PARTS[name], found)
+        else:
+            return found
+        return lambda timed, *args: found(timed._decoder, *args)
+
+
 @contextmanager
 def watched(engine: Engine) -> Iterator[Stopwatch]:
     """Time the parts of an engine while the block runs."""
@@ -120,17 +154,19 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         (runner, "forward", "build the batch"),
         (runner, "fill", "build the batch"),
         (runner, "draft", "build the batch"),
-        *([(runner, "propose", "build the batch")] if isinstance(runner, NativeRunner) else []),
         (runner, "keep", "keep"),
         (scheduler, "plan", "plan"),
-        (engine_module, "choose", "sample"),
+        (engine, "_choose", "sample"),
         (drafting_module, "sample", "sample"),
         (engine, "step", "accept and report"),
     ]
-    decoder = None
+    decoder = module = None
     if isinstance(runner, NativeRunner):
-        decoder = runner.native.decoder
+        for name in ("propose", "advance"):
+            parts.append((runner, name, "build the batch"))
+        decoder, module = runner.native.decoder, runner.native.module
         runner.native.decoder = TimedDecoder(decoder, watch)
+        runner.native.module = TimedModule(module, watch)
     else:
         for name, part in (("run", "layers"), ("lm_logits", "lm_head"), ("run_mtp", "draft layer")):
             parts.append((runner.model, name, part))
@@ -141,9 +177,9 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         yield watch
     finally:
         if isinstance(runner, NativeRunner):
-            runner.native.decoder = decoder
+            runner.native.decoder, runner.native.module = decoder, module
         for owner, name, work in kept:
-            if owner in (engine_module, drafting_module):
+            if owner is drafting_module or name == "_choose":
                 setattr(owner, name, work)
             else:
                 delattr(owner, name)  # the method of the class shows again

@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "decoder.h"
+#include "step.h"
 
 namespace qnext {
 namespace {
@@ -30,41 +31,6 @@ const float*& floats_of(Decoder& decoder, const std::string& name) {
   if (name == "mtp_embedding_norm") return decoder.mtp_embedding_norm;
   if (name == "mtp_hidden_norm") return decoder.mtp_hidden_norm;
   throw nb::key_error(name.c_str());
-}
-
-// row, tokens, before, first, slot, kept, speculative, pending, offset of its pages
-constexpr int kSequenceColumns = 9;
-
-Step step_of(Array<const int32_t> ids, Array<const int64_t> sequences, Array<const int64_t> pages) {
-  Step step;
-  step.ids = ids.data();
-  step.rows = static_cast<int64_t>(ids.size());
-  const auto B = static_cast<int64_t>(sequences.size()) / kSequenceColumns;
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t* s = sequences.data() + b * kSequenceColumns;
-    step.sequences.push_back({s[0], s[1], s[2], s[3], s[4], s[5], s[7], s[6] != 0,
-                              pages.data() + s[8]});
-  }
-  return step;
-}
-
-void propose(Decoder& decoder, Array<const int32_t> ids, Array<const int64_t> sequences,
-             Array<const int64_t> pages, Array<const float> hidden_in, Array<float> hidden,
-             Array<const int32_t> counts, const Matrix& head, Array<const int32_t> head_ids,
-             int64_t limit, int64_t most, Array<int32_t> tokens, bool invariant) {
-  Step step = step_of(ids, sequences, pages);
-  step.hidden_in = hidden_in.data();
-  step.hidden = hidden.data();
-  step.invariant = invariant;
-  Drafts drafts;
-  drafts.counts = counts.data();
-  drafts.head = head;
-  drafts.ids = head_ids.data();
-  drafts.limit = limit;
-  drafts.most = most;
-  drafts.tokens = tokens.data();
-  nb::gil_scoped_release release;
-  decoder.propose(step, drafts, pool());
 }
 
 void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const int64_t> sequences,
@@ -175,7 +141,7 @@ void bind_decoder(nb::module_& m) {
       .def("set_cache",
            [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size, bool is_bf16, Array<float> recurrent, Array<uint8_t> conv,
               int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
-              Array<uint8_t> pending_window) {
+              Array<uint8_t> pending_window, Array<uint8_t> last_hidden) {
              Cache& c = self.cache;
              c.is_bf16 = is_bf16;
              c.number_bytes = is_bf16 ? 2 : 4;
@@ -189,6 +155,7 @@ void bind_decoder(nb::module_& m) {
              c.most_pending = most_pending;
              c.pending = pending.data();
              c.pending_window = pending_window.data();
+             c.last_hidden = last_hidden.data();
            })
       .def("settle",
            [](Decoder& self, int64_t slot, int64_t pending, int64_t kept) {
@@ -222,11 +189,7 @@ void bind_decoder(nb::module_& m) {
           },
           nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"), nb::arg("captures"),
           nb::arg("hidden_in"), nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"),
-          nb::arg("invariant"))
-      .def("propose", &propose, nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
-           nb::arg("hidden_in"), nb::arg("hidden"), nb::arg("counts"), nb::arg("head"),
-           nb::arg("head_ids"), nb::arg("limit"), nb::arg("most"), nb::arg("tokens"),
-           nb::arg("invariant"));
+          nb::arg("invariant"));
 }
 
 }  // namespace qnext

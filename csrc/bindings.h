@@ -30,5 +30,7 @@ void bind_decoder(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_round(nb::module_& m);
+void bind_sampling(nb::module_& m);
+void bind_lane(nb::module_& m);
 
 }  // namespace qnext

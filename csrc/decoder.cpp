@@ -4,9 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <new>
-#include <numeric>
 
 #include "moe.h"
 #include "norm.h"
@@ -391,74 +389,6 @@ void Decoder::forward_mtp(const Step& step, ThreadPool& pool) {
     run_layer(mtp_layer, step, team, nullptr);
     finish(step, mtp_norm, team);
   });
-}
-
-// The first of the largest; independent lanes, so that the compiler may use vectors.
-static int64_t first_largest(const float* x, int64_t n) {
-  constexpr int64_t kLanes = 16;
-  float lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-  }
-  float largest = *std::max_element(lanes, lanes + kLanes);
-  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  const float* found = std::find(x, x + n, largest);
-  return found == x + n ? 0 : found - x;  // not found: every value is NaN
-}
-
-void Decoder::propose(const Step& fill, const Drafts& drafts, ThreadPool& pool) {
-  const int64_t D = shape_.hidden, B = static_cast<int64_t>(fill.sequences.size());
-  std::vector<int32_t> ids, rows;
-  std::vector<int64_t> drafting;
-  std::vector<float> hidden, source;
-  Step step = fill;
-  step.head = &drafts.head;
-  for (int64_t b = 0; b < B; ++b) {
-    if (!drafts.counts[b]) continue;
-    const Sequence& s = fill.sequences[b];
-    drafting.push_back(b);
-    rows.push_back(static_cast<int32_t>(s.row + s.tokens - 1));
-  }
-  std::vector<float> logits(drafting.size() * drafts.head.rows);
-  step.logits = logits.data();
-  for (int32_t depth = 0;; ++depth) {
-    step.logit_rows = rows.data();
-    step.logit_count = static_cast<int64_t>(rows.size());
-    forward_mtp(step, pool);
-    std::vector<int64_t> left;
-    std::vector<Sequence> sequences;
-    source.clear();
-    ids.clear();
-    for (size_t i = 0; i < drafting.size(); ++i) {
-      const int64_t b = drafting[i];
-      const int64_t r = first_largest(logits.data() + i * drafts.head.rows, drafts.limit);
-      const int32_t token = drafts.ids[r];
-      drafts.tokens[b * drafts.most + depth] = token;
-      if (drafts.counts[b] <= depth + 1) continue;
-      // A row for the draft itself, behind the last; the next reading writes over it.
-      Sequence s = fill.sequences[b];
-      s.before += s.tokens + depth;
-      s.tokens = 1;
-      s.row = static_cast<int64_t>(left.size());
-      const float* last = step.hidden + rows[i] * D;
-      source.insert(source.end(), last, last + D);
-      ids.push_back(token);
-      sequences.push_back(s);
-      left.push_back(b);
-    }
-    if (left.empty()) return;
-    drafting = left;
-    step.sequences = sequences;
-    step.ids = ids.data();
-    step.rows = static_cast<int64_t>(left.size());
-    step.hidden_in = source.data();
-    hidden.resize(left.size() * D);
-    step.hidden = hidden.data();
-    rows.resize(left.size());
-    std::iota(rows.begin(), rows.end(), 0);
-  }
 }
 
 void Decoder::rotary_table(const Step& step, Team& team) {

@@ -63,6 +63,7 @@ struct Cache {
   float* recurrent = nullptr;  // [delta layers][slots][W][K][M]
   uint8_t* conv = nullptr;     // [delta layers][slots][J-1][ch]
   int64_t slots = 0, number_bytes = 4;
+  uint8_t* last_hidden = nullptr;  // [slots][D], of the type of the pages
   // What a speculative step leaves behind until the next one, [delta layers][num][most][...]: how
   // each token would change the state, and its convolution inputs.
   int64_t num_pending = 0, most_pending = 0;
@@ -101,17 +102,6 @@ struct Step {
   int32_t* routes = nullptr;  // [sparse layers][P][k] out: the experts that ran; may be null
 };
 
-// Greedy drafts to be made in one go. `head` has a part of the vocabulary: row r is token ids[r],
-// ascending; a draft need not be what the whole vocabulary would give, it only costs if it is wrong.
-struct Drafts {
-  const int32_t* counts = nullptr;  // [B] drafts of each sequence, 0 to let it read only
-  Matrix head;
-  const int32_t* ids = nullptr;
-  int64_t limit = 0;         // rows of the head that may be chosen
-  int64_t most = 0;          // columns of `tokens`
-  int32_t* tokens = nullptr;  // [B][most] out
-};
-
 class Decoder {
  public:
   explicit Decoder(const Shape& shape) : shape_(shape) {}
@@ -129,10 +119,6 @@ class Decoder {
 
   void forward(const Step& step, ThreadPool& pool);
   void forward_mtp(const Step& step, ThreadPool& pool);
-
-  // forward_mtp, then the most likely token of each sequence, read in its turn for the next one.
-  // The step's logits are not used.
-  void propose(const Step& step, const Drafts& drafts, ThreadPool& pool);
 
   // Apply `kept` pending tokens of a slot to its state, in every delta layer.
   void settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool);

@@ -53,4 +53,6 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_probe(m);
   bind_round(m);
+  bind_sampling(m);
+  bind_lane(m);
 }

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from qnext import LLM, SamplingParams, save_model
 from qnext.cli import build_parser, main
 from qnext.config import ModelConfig
 from qnext.engine.request import Usage
+from qnext.errors import QnextError
 from qnext.llm import Delta
 from qnext.model.model import CausalLM, initialise
 from qnext.terminal_chat import TerminalChat
+from qnext.terminal_screen import Screen
 from qnext.weights.folder import embedded_models
 
 OFFICIAL = {
@@ -372,6 +375,51 @@ def test_commands_change_the_conversation(llm) -> None:
     assert "/reset" in say(llm, "/help\n")[0]
 
 
+def test_a_question_is_answered_again_or_taken_back(llm) -> None:
+    said, talk = say(llm, "hello\n/retry\n")
+    answer = llm.chat([{"role": "user", "content": "hello"}], GREEDY).text
+    assert said == f"{answer}\n{answer}\n"
+    assert [turn["content"] for turn in talk.turns] == ["hello", answer]
+    said, talk = say(llm, "hello\n/undo\n/retry\n")
+    assert "0 questions are left\nthere is nothing to answer again" in said
+    assert talk.turns == []
+
+
+def test_settings_change_the_answer(llm) -> None:
+    said, _ = say(llm, "/set max_tokens 3\nhello\n")
+    short = llm.chat([{"role": "user", "content": "hello"}], replace(GREEDY, max_tokens=3)).text
+    assert said.endswith(f"max_tokens 3, seed None\n{short}\n")
+    for line, message in (
+        ("/set colour 3", "expected one of temperature"),
+        ("/set seed x", "expected a number, found 'x'"),
+        ("/set top_p 7", "top_p: expected more than 0 and at most 1"),
+        ("/load nowhere.json", "No such file"),
+    ):
+        with pytest.raises(QnextError, match=message):
+            say(llm, line + "\n")
+
+
+def test_a_conversation_is_saved_and_gone_on_with(llm, tmp_path) -> None:
+    file = tmp_path / "talk.json"
+    said, talk = say(llm, f"hello\n/save {file}\n", system="Be a fox.")
+    assert f"2 messages are in {file}" in said
+    said, later = say(llm, f"/load {file}\n/history\nand then?\n")
+    assert later.turns[:2] == talk.turns
+    assert "user: hello" in said
+    messages = [{"role": "system", "content": "Be a fox."}, *talk.turns,
+                {"role": "user", "content": "and then?"}]  # fmt: skip
+    assert later.turns[-1]["content"] == llm.chat(messages, GREEDY).text
+    for wrong in ("[]", "{}", '{"messages": [{"role": "user", "content": "x"}]}', "x"):
+        file.write_text(wrong)
+        with pytest.raises(QnextError, match=r"/load .*: (expected a file|it is not JSON)"):
+            say(llm, f"/load {file}\n")
+
+
+def test_lines_between_quotes_are_one_turn(llm) -> None:
+    _, talk = say(llm, 'before\n"""\none\n\n  two\n"""\nafter\n')
+    assert [turn["content"] for turn in talk.turns[::2]] == ["before", "one\n\n  two", "after"]
+
+
 class Script:
     """Stands for an LLM whose answer is known; only ``stream`` and ``name`` are used."""
 
@@ -396,6 +444,13 @@ def test_reasoning_is_set_apart_from_the_answer(monkeypatch) -> None:
     for out in (plain, coloured):
         TerminalChat(Script(), GREEDY).run(io.StringIO("hello\n"), out)
     assert plain.getvalue() == "| Hm,\n| well.\n\nYes!\n"
+    folded = io.StringIO()
+    screen = Screen(folded, folds=True)
+    for delta in Script().stream([], GREEDY):
+        screen.show(delta)
+    screen.end_of_answer()
+    assert folded.getvalue() == "thinking ...\nthought in 2 words; /thoughts shows them\nYes!\n"
+    assert screen.thoughts == "Hm,\nwell."
     assert coloured.getvalue() == "\033[2mHm,\nwell.\033[0m\n\nYes!\n"
 
 

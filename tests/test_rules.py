@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
                     "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
-    "terminal_chat": {"engine", "llm", "errors"},
+    "terminal_chat": {"engine", "llm", "terminal_screen", "errors"},
+    "terminal_screen": {"answers"},
     "doctor": {"__init__", "native", "engine", "model", "weights", "ops", "config", "errors"},
 }  # fmt: skip
 
@@ -70,6 +71,7 @@ CONFINED = {
     "gguf": {"bench"},
     "llama_cpp": {"bench"},
     "starlette": {"serve"},
+    "anyio": {"serve"},
     "uvicorn": {"serve"},
     "msgspec": {"serve"},
     "prometheus_client": {"serve"},

@@ -7,6 +7,7 @@ refused.
 
 import argparse
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from qnext.serve.server import address, listen
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 MAX_BYTES = 250_000
+WATCH_MS = 10_000
+"""How long the dashboard watches before its picture is taken."""
 SIZE = {"width": 1200, "height": 780}
 TALL = {"width": 1200, "height": 1150}
 SETTINGS = '{"temperature": 0, "seed": 1}'
@@ -42,6 +45,33 @@ def served() -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def talking(url: str, clients: int = 4) -> Iterator[None]:
+    """Clients that hold conversations until the block ends, so that there is something to see."""
+    done = threading.Event()
+
+    def talk(seed: int) -> None:
+        messages: list[dict[str, str]] = []
+        while not done.is_set():
+            if len(messages) > 6:
+                messages = []
+            messages.append({"role": "user", "content": STORY})
+            body = {"messages": messages, "max_tokens": 120, "seed": seed}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()
+            messages.append(answer["choices"][0]["message"])
+            time.sleep(0.2 * seed)
+
+    threads = [threading.Thread(target=talk, args=(seed,)) for seed in range(1, clients + 1)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 def ask(page: Page, text: str) -> None:
@@ -97,21 +127,9 @@ def main() -> None:
             page.get_by_role("link", name="Dashboard").click()
             page.locator(".cards").get_by_text("Throughput").wait_for()
             if scheme == "light":
-                # Something to see: a few requests at once.
-                body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
-                tasks = [
-                    threading.Thread(
-                        target=httpx.post, args=(f"{url}/v1/completions",),
-                        kwargs={"json": {**body, "seed": seed}, "timeout": 120},
-                    )
-                    for seed in range(4)
-                ]  # fmt: skip
-                for task in tasks:
-                    task.start()
-                for task in tasks:
-                    task.join()
-                page.wait_for_timeout(1600)
-                take(page, folder, "dashboard")
+                with talking(url):
+                    page.wait_for_timeout(WATCH_MS)
+                    take(page, folder, "dashboard")
             context.close()
         browser.close()
 

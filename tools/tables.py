@@ -19,7 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table:([a-z_]+)( head)? -->\n).*?(<!-- /table -->)", re.DOTALL)
-MADE_BY = {"native_speed": "make bench"}
+MADE_BY = {
+    "native_speed": "make bench",
+    "train_speed": "python -m benchmarks.train_speed --record",
+}
 """What makes a result file that may be missing."""
 
 

@@ -1,34 +1,44 @@
 r"""``qnext chat``: a conversation in the terminal, or over a pipe with one turn per line.
 
-Answers stream; reasoning is shown dimmed, or with a bar at the left where there is no colour. A
-line that ends in a backslash goes on in the next one. Ctrl-C ends the answer that is being
-written; at the prompt it leaves, as do /quit and the end of the input.
+Answers stream; on a terminal reasoning is folded into a line that counts it. A line that ends in a
+backslash goes on in the next one; three quotes on a line of their own begin and end a longer text.
+Ctrl-C ends the answer that is being written; at the prompt it leaves, as do /quit and the end of
+the input.
 """
 
-import os
+import json
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from qnext.engine.request import SamplingParams
-from qnext.errors import QnextError
+from qnext.errors import QnextError, RequestError
 from qnext.llm import LLM, Delta
+from qnext.terminal_screen import Screen, turns, typed_lines
 
 HELP = """\
 /reset            forget the conversation
 /system TEXT      set the system message (without TEXT: remove it) and forget the conversation
 /think, /no_think let the model think before it answers, or not
+/thoughts         show what the model thought before its last answer
+/fold             show reasoning while it is written, or only how much of it there is
+/retry            answer the last question again
+/undo             take back the last question and its answer
+/set NAME VALUE   temperature, top_p, top_k, min_p, max_tokens, seed (without: show them)
+/history          show the conversation
+/save FILE        write the conversation as JSON; /load FILE goes on with it
 /quit             leave
-A line that ends in \\ goes on in the next one. Ctrl-C ends an answer."""
+A line that ends in \\ goes on in the next one; lines between two lines of \"\"\" belong together.
+Ctrl-C ends an answer."""
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
 
 _COMMAND = re.compile(r"/([a-z_]+)(?:\s+(.*))?", re.DOTALL)
-_DIM, _NORMAL = "\033[2m", "\033[0m"
 
 
 class TerminalChat:
@@ -48,6 +58,13 @@ class TerminalChat:
         self._system, self._enable_thinking = system, enable_thinking
         self.turns: list[dict[str, str]] = []
         """User and assistant messages so far."""
+        self._commands: dict[str, Callable[[str, Screen, bool], None]] = {
+            "reset": self._reset, "system": self._set_system, "think": self._think,
+            "no_think": self._do_not_think, "thoughts": self._show_thoughts, "fold": self._fold,
+            "retry": self._retry, "undo": self._undo, "set": self._set,
+            "history": self._show_history, "save": self._save, "load": self._load,
+            "help": lambda rest, screen, interactive: screen.remark(HELP),
+        }  # fmt: skip
 
     def run(self, source: TextIO, out: TextIO) -> int:
         """Talk until /quit or the end of ``source``; returns the exit status.
@@ -56,11 +73,11 @@ class TerminalChat:
         is raised (QnextError), so that a script notices.
         """
         interactive = source.isatty() and out.isatty()
-        screen = _Screen(out, colour=out.isatty() and "NO_COLOR" not in os.environ)
-        lines = _typed_lines() if interactive else source
+        screen = Screen(out, folds=interactive)
+        lines = typed_lines() if interactive else source
         if interactive:
             screen.remark(f"{self._llm.name}; /help lists the commands, /quit leaves")
-        for text in _joined(lines):
+        for text in turns(lines):
             if _is_quit(text):
                 break
             try:
@@ -71,32 +88,93 @@ class TerminalChat:
                 screen.remark(f"{error} (/reset forgets the conversation)")
         return 0
 
-    def _turn(self, text: str, screen: "_Screen", interactive: bool) -> None:
+    def _turn(self, text: str, screen: Screen, interactive: bool) -> None:
         command = _COMMAND.fullmatch(text)
         if command is None:
             self._answer(text, screen, interactive)
             return
         name, rest = command.group(1), (command.group(2) or "").strip()
-        if name == "reset":
-            self.turns.clear()
-            screen.remark("the conversation is forgotten")
-        elif name == "system":
-            self._system = rest or None
-            self.turns.clear()
-            screen.remark(f"system message: {rest}" if rest else "no system message")
-        elif name in ("think", "no_think"):
-            self._enable_thinking = name == "think"
-            screen.remark("thinking is on" if self._enable_thinking else "thinking is off")
-            if rest:
-                self._answer(rest, screen, interactive)
-        elif name == "help":
-            screen.remark(HELP)
-        else:
+        if name not in self._commands:
             screen.remark(f"there is no command /{name}; /help lists them")
+            return
+        self._commands[name](rest, screen, interactive)
 
-    def _answer(self, text: str, screen: "_Screen", interactive: bool) -> None:
+    # -- commands --------------------------------------------------------------------------------
+
+    def _reset(self, rest: str, screen: Screen, interactive: bool) -> None:
+        self.turns.clear()
+        screen.remark("the conversation is forgotten")
+
+    def _set_system(self, rest: str, screen: Screen, interactive: bool) -> None:
+        self._system = rest or None
+        self.turns.clear()
+        screen.remark(f"system message: {rest}" if rest else "no system message")
+
+    def _think(self, rest: str, screen: Screen, interactive: bool, *, thinks: bool = True) -> None:
+        self._enable_thinking = thinks
+        screen.remark("thinking is on" if thinks else "thinking is off")
+        if rest:
+            self._answer(rest, screen, interactive)
+
+    def _do_not_think(self, rest: str, screen: Screen, interactive: bool) -> None:
+        self._think(rest, screen, interactive, thinks=False)
+
+    def _show_thoughts(self, rest: str, screen: Screen, interactive: bool) -> None:
+        screen.remark(screen.thoughts.strip() or "there were no thoughts")
+
+    def _fold(self, rest: str, screen: Screen, interactive: bool) -> None:
+        screen.folds = not screen.folds
+        screen.remark("reasoning is folded" if screen.folds else "reasoning is shown")
+
+    def _retry(self, rest: str, screen: Screen, interactive: bool) -> None:
+        if not self.turns:
+            screen.remark("there is nothing to answer again")
+            return
+        question = self.turns[-2]["content"]
+        del self.turns[-2:]
+        self._answer(question, screen, interactive)
+
+    def _undo(self, rest: str, screen: Screen, interactive: bool) -> None:
+        del self.turns[-2:]
+        screen.remark(f"{len(self.turns) // 2} questions are left")
+
+    def _set(self, rest: str, screen: Screen, interactive: bool) -> None:
+        name, _, value = rest.partition(" ")
+        if rest:
+            if name not in SETTINGS:
+                raise RequestError(f"/set: expected one of {', '.join(SETTINGS)}, found {name!r}.")
+            self._params = replace(self._params, **{name: _number(name, value.strip())})
+        shown = (f"{one} {getattr(self._params, one)}" for one in SETTINGS)
+        screen.remark(", ".join(shown))
+
+    def _show_history(self, rest: str, screen: Screen, interactive: bool) -> None:
+        for turn in self.turns:
+            screen.remark(f"{turn['role']}: {turn['content']}")
+
+    def _save(self, rest: str, screen: Screen, interactive: bool) -> None:
+        kept = {"system": self._system, "messages": self.turns}
+        try:
+            Path(rest).write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"/save {rest}: {error.strerror}.") from error
+        screen.remark(f"{len(self.turns)} messages are in {rest}")
+
+    def _load(self, rest: str, screen: Screen, interactive: bool) -> None:
+        try:
+            kept = json.loads(Path(rest).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RequestError(f"/load {rest}: {error.strerror}.") from error
+        except ValueError as error:
+            raise RequestError(f"/load {rest}: it is not JSON ({error}).") from error
+        self._system, self.turns = _checked(kept, rest)
+        screen.remark(f"{len(self.turns)} messages were in {rest}")
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def _answer(self, text: str, screen: Screen, interactive: bool) -> None:
         system = [{"role": "system", "content": self._system}] if self._system else []
         user = {"role": "user", "content": text}
+        screen.begin()
         began, first, last, answer = self._clock(), None, None, ""
         deltas = self._llm.stream(
             [*system, *self.turns, user], self._params, enable_thinking=self._enable_thinking
@@ -116,78 +194,41 @@ class TerminalChat:
             screen.remark(_summary(last, first - began, self._clock() - first))
 
 
-class _Screen:
-    """Writes pieces of an answer and remarks about it."""
-
-    def __init__(self, out: TextIO, *, colour: bool) -> None:
-        self._out = out
-        self._dim, self._normal = (_DIM, _NORMAL) if colour else ("", "")
-        # Without colour a bar at the left tells reasoning from the answer.
-        self._bar = "" if colour else "| "
-        self._thinking = False
-
-    def show(self, delta: Delta) -> None:
-        if delta.reasoning:
-            if not self._thinking:
-                self._write(self._dim + self._bar)
-                self._thinking = True
-            self._write(delta.reasoning.replace("\n", "\n" + self._bar))
-        if delta.text:
-            self._end_of_thinking()
-            self._write(delta.text)
-
-    def end_of_answer(self) -> None:
-        if self._thinking:
-            self._write(self._normal)
-            self._thinking = False
-        self._write("\n")
-
-    def remark(self, text: str) -> None:
-        self._write(f"{self._dim}{text}{self._normal}\n")
-
-    def _end_of_thinking(self) -> None:
-        if self._thinking:
-            self._write(f"{self._normal}\n\n")
-            self._thinking = False
-
-    def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt, with line editing and history where the platform has them."""
-    # Importing it is what gives input() its editing; Windows has none, its terminal edits itself.
-    with suppress(ModuleNotFoundError):
-        import_module("readline")
-    continued = False
-    while True:
-        try:
-            line = input(". " if continued else "> ")
-        except EOFError:
-            sys.stdout.write("\n")
-            return
-        continued = line.endswith("\\")
-        yield line
-
-
-def _joined(lines: Iterator[str] | TextIO) -> Iterator[str]:
-    """Turns: lines ending in a backslash are joined with the next; empty ones are left out."""
-    held = ""
-    for line in lines:
-        held += line.rstrip("\r\n")
-        if held.endswith("\\"):
-            held = held[:-1] + "\n"
-            continue
-        if held.strip():
-            yield held.strip()
-        held = ""
-    if held.strip():
-        yield held.strip()
-
-
 def _is_quit(text: str) -> bool:
     return text in ("/quit", "/exit")
+
+
+def _number(name: str, text: str) -> float | int | None:
+    """A setting's value; RequestError for what is no number."""
+    if text == "none" and name in ("max_tokens", "seed"):
+        return None
+    kind = int if name in ("top_k", "max_tokens", "seed") else float
+    try:
+        return kind(text)
+    except ValueError:
+        raise RequestError(f"/set {name}: expected a number, found {text!r}.") from None
+
+
+def _checked(kept: Any, name: str) -> tuple[str | None, list[dict[str, str]]]:
+    """The system message and the turns of a file; RequestError for another content."""
+    messages = kept.get("messages") if isinstance(kept, dict) else None
+    system = kept.get("system") if isinstance(kept, dict) else None
+    pairs = [("user", "assistant")[i % 2] for i in range(len(messages or ()))]
+    fits = (
+        isinstance(messages, list)
+        and len(messages) % 2 == 0
+        and (system is None or isinstance(system, str))
+        and all(
+            isinstance(one, dict)
+            and set(one) == {"role", "content"}
+            and one["role"] == role
+            and isinstance(one["content"], str)
+            for one, role in zip(messages, pairs, strict=True)
+        )
+    )
+    if not fits:
+        raise RequestError(f"/load {name}: expected a file that /save has written.")
+    return system, [dict(one) for one in messages or ()]
 
 
 @contextmanager

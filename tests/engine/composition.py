@@ -24,8 +24,7 @@ from oracle import with_oracle
 
 from qnext import llm as llm_module
 from qnext import native
-from qnext.engine import engine as engine_module
-from qnext.engine import ties
+from qnext.engine import sampler, ties
 from qnext.engine.request import SamplingParams, StructuredOutputs, TokenLogprobs
 from qnext.llm import LLM, Completion, Delta, Stream
 from qnext.model.model import CausalLM
@@ -336,7 +335,8 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
         assert len(prompt_ids) > 90, len(prompt_ids)
         llm.engine.add(request)
         deltas = []
-        with mock.patch.object(engine_module, "choose", _noting(noted)):
+        # Row by row, by the plain sampler: it names the rivals, and is what the native one equals.
+        with mock.patch.multiple(llm.engine, lanes=None, _choose=_noting(noted)):
             while llm.engine.has_work and not reader.stopped:
                 for event in llm.engine.step():
                     delta = reader.push(event)
@@ -357,7 +357,7 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
 
 
 def _noting(noted: dict[int, tuple[tuple[int, ...], float]]):
-    choose = engine_module.choose
+    choose = sampler.choose
 
     def noting(logits: torch.Tensor, rows, *, defined_ids: int, tie_bound: float | None):
         chosen, others = choose(logits, rows, defined_ids=defined_ids, tie_bound=tie_bound)

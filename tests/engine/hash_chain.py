@@ -19,11 +19,12 @@ from torch import Tensor
 
 from qnext.engine import scheduler
 from qnext.engine.blocks import PagePool
-from qnext.engine.engine import Engine, Settings, choice_seed
+from qnext.engine.engine import Engine, choice_seed
 from qnext.engine.prefix import Snapshot
 from qnext.engine.request import FinishReason, Request
 from qnext.engine.runner import MtpWork, Work
 from qnext.engine.sampler import SampleRow, sample
+from qnext.engine.sizes import Settings
 from qnext.engine.speculative import MAX_DRAFTS
 
 WINDOW = 3

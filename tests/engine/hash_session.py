@@ -6,8 +6,8 @@ from typing import Any
 from hash_chain import Answer, Head, hash_engine
 from traffic import Clock, Dice, Session, Traffic, drive
 
-from qnext.engine.engine import Settings
 from qnext.engine.request import Event, Request
+from qnext.engine.sizes import Settings
 
 VOCABULARY = 16
 HEAD = Head(VOCABULARY)

@@ -30,12 +30,13 @@ class Known:
     def _instead(self, works, logits):
         logits = torch.full_like(logits, -10.0)
         for b, work in enumerate(works):
-            position = work.start + len(work.ids)
-            right = self.following(work.slot, position)
-            wrong = (right + 1 + self.generator.randrange(100)) % logits.shape[1]
-            token = right if self.generator.random() < self.rightness else wrong
-            logits[b, token] = 10.0
+            logits[b, self.guess(work.slot, work.start + len(work.ids))] = 10.0
         return logits
+
+    def guess(self, slot: int, position: int) -> int:
+        right = self.following(slot, position)
+        wrong = (right + 1 + self.generator.randrange(100)) % self.engine.vocab_size
+        return right if self.generator.random() < self.rightness else wrong
 
     def following(self, slot: int, position: int) -> int:
         for sequence in self.engine.scheduler.running:
@@ -57,12 +58,28 @@ class Oracle(Known, Runner):
 class NativeOracle(Known, NativeRunner):
     """Known drafts, verified by the native kernels."""
 
+    def propose(self, works, counts, sequences, **options):
+        super().propose(works, counts, sequences, **options)
+        return [
+            [self.guess(work.slot, work.start + len(work.ids) + i) for i in range(count)]
+            for work, count in zip(works, counts, strict=True)
+        ]
+
+    def advance(self, running, lanes, **options):
+        found, logits = super().advance(running, lanes, **options)
+        known = []
+        for sequence, (tokens, *rest, _, has_read) in zip(running, found, strict=True):
+            room = sequence.max_tokens - len(sequence.output_ids) - 1
+            count = min(options["wanted"], room) if has_read else 0
+            next_one = sequence.done + len(tokens) + 1
+            guesses = [self.guess(sequence.slot, next_one + i) for i in range(count)]
+            known.append((tokens, *rest, guesses, has_read))
+        return known, logits
+
 
 def with_oracle(engine: Engine, truth, rightness: float, seed: int = 0) -> Engine:
     """Give an engine known drafts."""
     runner = engine.runner
-    # Drafts in one native call would not ask fill and draft, which are answered here.
-    runner.proposes = False
     runner.__class__ = NativeOracle if isinstance(runner, NativeRunner) else Oracle
     runner.engine, runner.truth, runner.rightness = engine, truth, rightness
     runner.generator = random.Random(seed)

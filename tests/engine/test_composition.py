@@ -32,6 +32,7 @@ from qnext.engine import engine as engine_module
 from qnext.engine import native_runner
 from qnext.engine.engine import Engine
 from qnext.engine.invariance import check_path_independence
+from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import SamplingParams, TokenLogprobs
 from qnext.engine.runner import Runner
 from qnext.errors import BackendError
@@ -308,7 +309,15 @@ def rejected_drafts_stay_in_the_state(patch):
             if piece.speculative:
                 self.kept[piece.slot] = piece.tokens
 
+    advance = DeferredCache.advance
+
+    def all_of_it(self, slot, count, *, speculative):
+        advance(self, slot, count, speculative=speculative)
+        if speculative:
+            self.kept[slot] = min(self.kept[slot] + 1, self.most_pending)
+
     patch.setattr(DeferredCache, "keep", everything)
+    patch.setattr(DeferredCache, "advance", all_of_it)
 
 
 def accepted_drafts_are_not_settled(patch):
@@ -325,7 +334,14 @@ def the_last_accepted_token_is_not_applied(patch):
         keep(self, counts)
         self.kept[:] = [max(count - 1, 0) for count in self.kept]
 
+    advance = DeferredCache.advance
+
+    def less_one(self, slot, count, *, speculative):
+        advance(self, slot, count, speculative=speculative)
+        self.kept[slot] = max(self.kept[slot] - 1, 0)
+
     patch.setattr(DeferredCache, "keep", all_but_one)
+    patch.setattr(DeferredCache, "advance", less_one)
 
 
 def positions_start_over(patch):
@@ -345,6 +361,13 @@ def everybody_has_the_same_pending_row(patch):
         return table(works, starts, [(*some, 0) for *some, _ in rest])
 
     patch.setattr(native_runner, "_table", first)
+    pending_of = DeferredCache.pending_of
+
+    def the_same(self, slot):
+        pending_of(self, slot)
+        return 0
+
+    patch.setattr(DeferredCache, "pending_of", the_same)
 
 
 def windows_of_accepted_drafts_are_lost(patch):
@@ -354,7 +377,14 @@ def windows_of_accepted_drafts_are_lost(patch):
         begin(self, pieces)
         self.pending_window.zero_()
 
+    advance = DeferredCache.advance
+
+    def lost(self, slot, count, *, speculative):
+        advance(self, slot, count, speculative=speculative)
+        self.pending_window.zero_()
+
     patch.setattr(DeferredCache, "begin", without)
+    patch.setattr(DeferredCache, "advance", lost)
 
 
 def rejected_drafts_stay_in_the_state_of_pytorch(patch):
@@ -388,7 +418,16 @@ def noise_goes_by_steps_instead_of_tokens(patch):
         found.index = self.steps
         return found
 
+    advance = NativeRunner.advance
+
+    def lane_by_steps(self, running, lanes, **options):
+        for sequence in running:
+            sequence.seed += 1
+            sequence.lane = None
+        return advance(self, running, [self.lane_of(one) for one in running], **options)
+
     patch.setattr(Engine, "_row", by_steps)
+    patch.setattr(NativeRunner, "advance", lane_by_steps)
 
 
 def penalties_count_rejected_drafts(patch):
@@ -398,7 +437,25 @@ def penalties_count_rejected_drafts(patch):
         sequence.counts.update(drafts)
         return row(self, sequence, drafts)
 
+    advance = NativeRunner.advance
+
+    def told_drafts(self, running, lanes, **options):
+        for sequence in running:
+            sequence.lane = None
+        lanes = [self.lane_of(sequence) for sequence in running]
+        kept = [list(sequence.output_ids) for sequence in running]
+        for sequence in running:
+            newest = sequence.output_ids.pop()
+            sequence.output_ids += [*sequence.drafts, newest]
+        found = advance(self, running, lanes, **options)
+        for sequence, before in zip(running, kept, strict=True):
+            sequence.output_ids[:] = [
+                *before, *sequence.output_ids[len(before) + len(sequence.drafts) :]
+            ]  # fmt: skip
+        return found
+
     patch.setattr(Engine, "_row", counting)
+    patch.setattr(NativeRunner, "advance", told_drafts)
 
 
 MISTAKES = {

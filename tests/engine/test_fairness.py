@@ -4,9 +4,9 @@ import pytest
 from hash_chain import Answer, Head, hash_engine
 
 from qnext.engine import scheduler as scheduler_module
-from qnext.engine.engine import Settings
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.scheduler import CLASS_OVERTAKINGS, MAX_BYPASS, MAX_OVERTAKINGS
+from qnext.engine.sizes import Settings
 
 HEAD = Head(16)
 SLOTS = 2

@@ -15,10 +15,11 @@ from test_engine import run
 from traffic import Clock, Session, Traffic, drive
 
 from qnext.engine.blocks import PagePool
-from qnext.engine.engine import Engine, Settings
+from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Event, Request, TokenLogprobs
 from qnext.engine.runner import Runner
+from qnext.engine.sizes import Settings
 from qnext.engine.speculative import DraftPolicy
 from qnext.model.cache import PAGE_SIZE, HybridCache
 from qnext.model.model import CausalLM

@@ -15,8 +15,9 @@ from hash_chain import Chain, HashRunner, Head, hash_engine
 from oracle import with_oracle
 from test_engine import greedy, run, tokens
 
-from qnext.engine.engine import Engine, Settings
+from qnext.engine.engine import Engine
 from qnext.engine.request import Request, SamplingParams
+from qnext.engine.sizes import Settings
 
 LENGTH = 3
 """Tokens of an answer: with fewer no draft would be verified."""

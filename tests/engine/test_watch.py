@@ -64,6 +64,14 @@ def test_drafts_are_noted_where_they_were_made_and_count_as_the_usage_does(llm):
     assert len(accepted) <= len(watch.drafts) <= usage.drafted_tokens
 
 
+def test_positions_that_run_again_are_recorded_once():
+    watch = Watch(routes_from=3)
+    rows = np.arange(40, dtype=np.int32).reshape(10, 2, 2)
+    for start, end in ((0, 2), (2, 5), (0, 4), (4, 7), (7, 10)):
+        watch.note_routes(start, rows[start:end])
+    assert np.array_equal(watch.routes, rows[3:])
+
+
 def test_without_a_watch_nothing_is_recorded(llm):
     run(llm, *llm.prepare_score(TEXT))
     assert llm.engine.runner.routes is None

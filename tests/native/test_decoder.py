@@ -15,8 +15,10 @@ from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import MtpWork, Runner, Work
+from qnext.engine.scheduler import Sequence
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
+from qnext.weights.formats import pack_q8
 
 BOUND = 2e-4
 CHOSEN = [
@@ -191,7 +193,15 @@ def test_drafts_of_one_call_are_those_of_single_steps(
     pages = [[0, 1], [2, 3], [4, 5]]
     works = [_read_prompt(single, text, table)[1] for text, table in zip(texts, pages, strict=True)]
     works = [_read_prompt(whole, text, table)[1] for text, table in zip(texts, pages, strict=True)]
-    got = whole.propose(works, counts, defined_ids=defined_ids)
+    params = SamplingParams(temperature=0.0)
+    readers = [
+        Sequence(
+            request=Request(id=str(b), prompt_ids=tuple(text), params=params), seed=0,
+            max_tokens=9, arrival=b, slot=works[b].slot, pages=pages[b],
+        )
+        for b, text in enumerate(texts)
+    ]  # fmt: skip
+    got = whole.propose(works, counts, readers, defined_ids=defined_ids, least_share=0.0)
     logits = single.fill(works)
     wanted: list[list[int]] = [[], [], []]
     for depth in range(3):
@@ -236,3 +246,27 @@ def test_engines_that_share_a_model_do_not_share_a_cache(kernels, tiny_model):
     found = run([engine(), engine()])
     assert found[0] == expected
     assert len(found[1]) == 12
+
+
+def test_packed_drafts_change_drafts_at_most(kernels, tiny_model):
+    """Tokens are those of no drafts at all; most drafts are those of the unpacked layer."""
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+    def answer(k: int, pack) -> tuple[list[int], int]:
+        model = NativeModel.from_model(tiny_model, pack_drafts=pack)
+        engine = Engine(model, max_num_seqs=1, memory_bytes=8 << 20, speculative_tokens=k)
+        engine.add(Request(id="a", prompt_ids=tuple(range(9, 40)), params=params))
+        tokens, drafted = [], 0
+        while engine.has_work:
+            for event in engine.step():
+                tokens += event.token_ids
+                drafted = event.usage.drafted_tokens
+        return tokens, drafted
+
+    plain, none = answer(0, None)
+    packed, drafted = answer(3, pack_q8)
+    assert (none, packed) == (0, plain)
+    assert drafted > 0
+    whole = NativeModel.from_model(tiny_model)
+    part = NativeModel.from_model(tiny_model, pack_drafts=pack_q8)
+    assert part.draft_head(512).matrix.rows == whole.draft_head(512).matrix.rows == 512

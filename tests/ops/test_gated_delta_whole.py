@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qnext.ops import Segments
 from qnext.ops.delta_training import (
     CHUNK,
+    WIDE_CHUNK,
     gated_delta_whole_training,
     lane_table,
     unit_lower_inverse,
@@ -103,6 +104,13 @@ class TestInDoublePrecision:
         want = gradients(recurrence, inputs)
         for name, got in gradients(gated_delta_whole_training, inputs).items():
             assert (got - want[name]).abs().max() < 1e-12, name
+
+    def test_wide_heads_have_chunks_of_their_own(self):
+        inputs = draw((70, 1, 130, 63), key_heads=1, K=96, M=20, dtype=torch.float64)
+        want = gradients(recurrence, inputs)
+        for name, got in gradients(gated_delta_whole_training, inputs).items():
+            assert (got - want[name]).abs().max() < 1e-12, name
+        assert ("lanes", WIDE_CHUNK) in inputs["segments"]._tables
 
     @pytest.mark.parametrize("seed", range(6))
     def test_random_borders(self, seed):

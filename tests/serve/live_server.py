@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
 
 from qnext import LLM
 from qnext.serve.app import create_app
@@ -23,6 +24,7 @@ class Live:
     url: str
     llm: LLM
     worker: Worker
+    app: Starlette
 
     def busy(self) -> int:
         """Requests that run or wait, as the server reports them."""
@@ -68,7 +70,7 @@ def running(llm: LLM, **options) -> Iterator[Live]:
     url = address(listener)
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            yield Live(client, url, llm, app.state.worker)
+            yield Live(client, url, llm, app.state.worker, app)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -76,3 +76,22 @@ def test_a_stopped_server_leaves_its_prefixes_for_the_next(tiny_folder, tmp_path
     assert f"{entry['snapshots']} snapshots" in capsys.readouterr().out
     assert main(["cache", "info", str(tmp_path / "none")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_prefixes_is_reported_and_left_aside(tiny_folder, tmp_path, caplog):
+    with running(LLM(tiny_folder, cache_dir=tmp_path)) as live:
+        first = chat(live, "the river and the moon")
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        content = bytearray(file.read_bytes())
+        for at in range(len(content) // 3, len(content), 97):
+            content[at] ^= 0xFF
+        file.write_bytes(content)
+    with running(LLM(tiny_folder, cache_dir=tmp_path)) as live:
+        second = chat(live, "the river and the moon")
+        assert live.client.get("/health").json()["status"] == "ok"
+    assert second["choices"] == first["choices"]
+    assert second["usage"]["qnext"]["cache"]["cached"] == 0
+    assert any(
+        record.levelname == "WARNING" and str(tmp_path) in record.getMessage()
+        for record in caplog.records
+    ), caplog.text

@@ -18,20 +18,20 @@ def draft_ahead(
     *,
     row: RowOf,
     defined_ids: int,
+    least_share: float = 0.0,
 ) -> list[list[int]]:
     """``counts[b]`` drafts for each sequence, 0 to let the MTP layer read only.
 
     A draft is chosen as its token will be: the most likely one, or sampled with the noise of its
-    position. The most likely ones are found without a way back to Python where the runner can.
+    position. A native runner does it in one call where no grammar rules, and stops at what the
+    head finds less likely than ``least_share``.
     """
     works = [read_up(sequence) for sequence in reading]
     drafting = [b for b, count in enumerate(counts) if count]
-    if (
-        isinstance(runner, NativeRunner)
-        and runner.proposes
-        and all(_is_plain(reading[b], row) for b in drafting)
-    ):
-        return runner.propose(works, counts, defined_ids=defined_ids)
+    if isinstance(runner, NativeRunner) and all(s.guide is None for s in reading):
+        return runner.propose(
+            works, counts, reading, defined_ids=defined_ids, least_share=least_share
+        )
     logits = runner.fill(works)[drafting]
     drafts: list[list[int]] = [[] for _ in reading]
     while drafting:
@@ -42,11 +42,6 @@ def draft_ahead(
         if drafting:
             logits = runner.draft([_read_on(reading[b], drafts[b]) for b in drafting])
     return drafts
-
-
-def _is_plain(sequence: Running, row: RowOf) -> bool:
-    """Whether its tokens are the most likely ones, and nothing else has a say."""
-    return sequence.request.params.temperature == 0.0 and not row(sequence, ()).is_adjusted
 
 
 def read_up(sequence: Running) -> MtpWork:

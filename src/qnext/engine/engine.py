@@ -12,7 +12,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,22 @@ import torch
 from torch import Tensor
 
 from qnext import cost
+from qnext.engine import native_sampler
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
 from qnext.engine.drafting import draft_ahead, read_up
 from qnext.engine.guide import Guide
 from qnext.engine.invariance import check_path_independence
+from qnext.engine.lanes import Lanes
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
-from qnext.engine.request import Event, FinishReason, Request
+from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
 from qnext.engine.runner import Runner, Work, wants_routes
-from qnext.engine.sampler import Rivals, SampleRow, choose, logprobs_of
+from qnext.engine.sampler import SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
-from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, check_counts
+from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, Settings, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
     ended_by,
@@ -56,39 +57,6 @@ from qnext.model.native import NativeModel
 
 DRAIN_S = 10.0
 """Time to write the prefix cache to disk when the engine is closed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What an engine has to know beside its runner and its pages."""
-
-    num_slots: int
-    """Sequences that can run at once."""
-    num_snapshots: int
-    """Slots of the runner that are set aside for snapshots."""
-    page_size: int
-    """Tokens of a page."""
-    max_batch_tokens: int
-    """Rows of a step."""
-    max_model_len: int
-    """Tokens of prompt and answer together."""
-    vocab_size: int
-    defined_ids: int
-    """Ids below this can be chosen."""
-    max_chunk_tokens: int | None = None
-    """Rows of one prompt in a step; None for all there are."""
-    speculative_tokens: int | str = 0
-    """Drafts per sequence and step, or "auto"."""
-    snapshot_interval: int = 0
-    """Tokens of a prompt between snapshots; 0 for none."""
-    tie_bound: float | None = None
-    """How far rounding reaches, relative to the largest logit; None counts no near-ties."""
-    state_bytes: int = 1
-    """Memory of a snapshot beside its pages."""
-    page_bytes: int = 1
-    """Memory of a page."""
-    context_share: float = 0.0
-    """Arithmetic of a token per token of context, over its other arithmetic."""
 
 
 class Engine:
@@ -252,6 +220,14 @@ class Engine:
             max_chunk_tokens=settings.max_chunk_tokens,
             interval=settings.snapshot_interval,
         )
+        self._choose, self._logprobs_of = choose, logprobs_of
+        self.lanes: Lanes | None = None
+        if isinstance(runner, NativeRunner):
+            self._choose, self._logprobs_of = native_sampler.choose, native_sampler.logprobs_of
+            self.lanes = Lanes(
+                runner, self.scheduler, self.policy,
+                defined_ids=self.defined_ids, tie_bound=self.tie_bound,
+            )  # fmt: skip
         self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
@@ -310,6 +286,10 @@ class Engine:
         self._cancelled.clear()
         self._catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
         events = [self._end(sequence, reason) for sequence, reason in gone]
+        if self.lanes is not None and self.lanes.ready():
+            events.extend(self._run_lanes(self.lanes))
+            self.steps += 1
+            return events
         items = self.scheduler.plan()
         if items:
             events.extend(self._run(items))
@@ -334,6 +314,25 @@ class Engine:
         self._plant([item])
         self.background.ran(item)
         return item.count
+
+    def _run_lanes(self, lanes: Lanes) -> list[Event]:
+        """A step of nothing but plain decoding."""
+        events: list[Event] = []
+
+        def told(
+            sequence: Running, reason: FinishReason | None, logprobs: list[TokenLogprobs]
+        ) -> None:
+            sequence.untold += logprobs
+            events.append(tell(sequence, (), reason))
+
+        ended, due = lanes.step(told)
+        if due is not None:
+            self._draft([s for s in self.scheduler.running if s not in ended], due)
+        if ended:
+            self._catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
+            for sequence in ended:
+                self._end_quietly(sequence)
+        return events
 
     def _run(self, items: Sequence[Item]) -> list[Event]:
         started = self._clock()
@@ -368,9 +367,9 @@ class Engine:
         every = len(wanted) == logits.shape[0] and wanted == list(range(len(wanted)))
         chosen = logits[wanted] if rows and not every else logits
         tokens: list[int] = []
-        rivals: list[Rivals] = []
+        rivals: Sequence[object] = []
         if rows:
-            tokens, rivals = choose(
+            tokens, rivals = self._choose(
                 chosen, rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
             )
         counts, outcomes = [], []
@@ -509,7 +508,7 @@ class Engine:
             sequence.drafts.clear()
             if sequence.request.score_only and sequence.done == sequence.length:
                 reason = "length"
-            note_forced(sequence, before)
+            note_forced(sequence, before, self._logprobs_of)
             if emitted or reason is not None or is_untold(sequence):
                 own = chosen[first : first + len(emitted)]
                 events.append((self._tell(sequence, emitted, reason, own), sequence))
@@ -525,7 +524,7 @@ class Engine:
         """Add tokens to an answer; ``chosen`` [n, V] are the logits they were sampled from."""
         top = sequence.request.params.logprobs
         if top is not None and emitted:
-            sequence.untold += logprobs_of(chosen, emitted, [top] * len(emitted))
+            sequence.untold += self._logprobs_of(chosen, emitted, [top] * len(emitted))
         return tell(sequence, emitted, reason)
 
     # -- several answers to one prompt -----------------------------------------------------------
@@ -534,7 +533,7 @@ class Engine:
         self,
         twins: Sequence[tuple[Running, Running, int]],
         tokens: Sequence[int],
-        rivals: Sequence[Rivals],
+        rivals: Sequence[object],
         chosen: Tensor,
     ) -> list[tuple[Event, Running]]:
         """First tokens of the requests that waited for a prompt to be run.
@@ -575,7 +574,7 @@ class Engine:
                 own = logits[at + start - sequence.done : at + end - sequence.done]
                 top = sequence.request.params.prompt_logprobs or 0
                 targets = prompt[start + 1 : end + 1]
-                sequence.prompt_logprobs += logprobs_of(own, targets, [top] * len(targets))
+                sequence.prompt_logprobs += self._logprobs_of(own, targets, [top] * len(targets))
             at += rows
 
     def _watch_routes(self, items: Sequence[Item], works: Sequence[Work]) -> None:
@@ -592,16 +591,20 @@ class Engine:
 
     # -- drafts and snapshots --------------------------------------------------------------------
 
-    def _draft(self, sequences: Sequence[Running]) -> None:
-        """Let the MTP layer catch up, and propose tokens for those that decode."""
+    def _draft(self, sequences: Sequence[Running], k: int | None = None) -> None:
+        """Let the MTP layer catch up, and propose tokens for those that decode.
+
+        ``k`` for each, 0 to let it rest; None asks the policy.
+        """
         if not self.policy.limit:
             return
-        if self.policy.rests_on(len(sequences)):
+        if k == 0 or (k is None and self.policy.rests_on(len(sequences))):
             self._read_backlogs([s for s in sequences if s.done + 1 - s.mtp_len >= MAX_BACKLOG])
             return
         started = self._clock()
         decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
-        k = self.policy.choose([s.request.id for s in decoding])
+        if k is None:
+            k = self.policy.choose([s.request.id for s in decoding])
         counts = {s: self._drafts_for(s, k) for s in decoding}
         reading = [
             s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
@@ -611,7 +614,7 @@ class Engine:
             return
         proposals = draft_ahead(
             self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
-            defined_ids=self.defined_ids,
+            defined_ids=self.defined_ids, least_share=self.policy.least_share,
         )  # fmt: skip
         for sequence, tokens in zip(reading, proposals, strict=True):
             guide = sequence.guide

@@ -5,12 +5,16 @@ in Python is a few arrays that describe the step.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qnext.engine.native_sampler import chooser_of
 from qnext.engine.runner import MtpWork, Runner, Work, wants_routes
+from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.telling import stop_ids
 from qnext.model.native import DeferredCache, NativeModel, Piece
 
 _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
@@ -21,8 +25,6 @@ class NativeRunner(Runner):
 
     At most ``num_speculative`` sequences have drafts, ``max_drafts`` each.
     """
-
-    proposes = True
 
     def __init__(
         self,
@@ -43,6 +45,91 @@ class NativeRunner(Runner):
             most_pending=max_drafts + 1 if num_speculative else 0,
         )
         self._set_up(self._deferred, track_mtp=track_mtp)
+        self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
+        """Of the last ``advance``: its forward, choosing tokens, drafting."""
+
+    # -- sequences that decode -------------------------------------------------------------------
+
+    def is_behind(self, running: Sequence[Running]) -> bool:
+        """Whether the MTP layer has rows of any of them to read."""
+        return any(self._backlog[s.slot] for s in running if s.slot is not None)
+
+    def lane_of(self, sequence: Running) -> Any:
+        """What ``advance`` knows of a sequence for as long as it keeps its slot."""
+        lane = sequence.lane
+        if lane is None:
+            request, slot = sequence.request, sequence.slot
+            assert slot is not None
+            chooser = chooser_of(
+                request.params, seed=sequence.seed, prompt_ids=request.prompt_ids,
+                stop_ids=stop_ids(request), bad_words=request.bad_ids,
+            )  # fmt: skip
+            lane = sequence.lane = self.native.module.Lane(
+                chooser=chooser, slot=slot, first=sequence.mtp_first,
+                pending=self._deferred.pending_of(slot), max_tokens=sequence.max_tokens,
+                pages=sequence.pages,
+            )  # fmt: skip
+            sequence.lane_pages = len(sequence.pages)
+        elif sequence.lane_pages != len(sequence.pages):
+            lane.set_pages(sequence.pages)
+            sequence.lane_pages = len(sequence.pages)
+        return lane
+
+    def advance(
+        self,
+        running: Sequence[Running],
+        lanes: Sequence[Any],
+        *,
+        wanted: int,
+        defined_ids: int,
+        tie_bound: float,
+        least_share: float,
+        want_logits: bool,
+    ) -> tuple[list[Any], Tensor | None]:
+        """``forward``, the choice of tokens, ``keep``, and with ``wanted`` up to so many drafts.
+
+        Adds the tokens to ``output_ids``. Returns for each sequence (tokens, drafts accepted,
+        drafts tried, near-ties, reason to end, drafts, whether the MTP layer read on), and on
+        demand the logits of all rows.
+        """
+        self._own_backlog()
+        self._step_rows = 0
+        cache, config = self._deferred, self.native.config
+        slots = [s.slot for s in running if s.slot is not None]
+        rows = len(running) + sum([len(s.drafts) for s in running])
+        hidden = np.empty((rows, config.hidden_size), dtype=np.float32)
+        logits = np.empty((rows, config.vocab_size), dtype=np.float32) if want_logits else None
+        found, *seconds = self.native.module.advance(
+            cache.decoder,
+            self.native.drafting(defined_ids),
+            lanes,
+            [s.output_ids for s in running],
+            [s.done for s in running],
+            [cache.kept[slot] for slot in slots],
+            [s.drafts for s in running],
+            wanted,
+            hidden,
+            logits,
+            defined_ids,
+            tie_bound,
+            least_share,
+            self.native.invariant,
+        )
+        self.seconds = tuple(seconds)
+        row = 0
+        for s, slot, (tokens, *_, has_read) in zip(running, slots, found, strict=True):
+            count = len(tokens)
+            s.output_ids += tokens
+            cache.advance(slot, count, speculative=bool(s.drafts))
+            if has_read:
+                s.mtp_len = s.done + count + 1
+            elif self.track_mtp:
+                # A tensor of it is made when it is read: most are dropped unread.
+                self._backlog[slot].append(hidden[row : row + count])
+            row += 1 + len(s.drafts)
+        return found, None if logits is None else torch.from_numpy(logits)
+
+    # -- any step --------------------------------------------------------------------------------
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         self._own_backlog()
@@ -89,33 +176,33 @@ class NativeRunner(Runner):
         return torch.from_numpy(logits)
 
     def propose(
-        self, works: Sequence[MtpWork], counts: Sequence[int], *, defined_ids: int
+        self,
+        works: Sequence[MtpWork],
+        counts: Sequence[int],
+        sequences: Sequence[Running],
+        *,
+        defined_ids: int,
+        least_share: float,
     ) -> list[list[int]]:
-        """What ``fill`` reads, then ``counts[b]`` greedy drafts for each, in one call.
+        """What ``fill`` reads, then up to ``counts[b]`` drafts for each, in one call.
 
-        Drafts come from the part of the vocabulary that ``NativeModel.draft_head`` keeps.
+        Drafts come from the part of the vocabulary that ``NativeModel.draft_head`` keeps, and are
+        chosen as the tokens of their requests are.
         """
-        head = self.native.draft_head(defined_ids)
-        starts = _starts(works)
-        sequences, pages = _table(works, starts, [(work.first, 0, False, 0) for work in works])
-        most = max(counts, default=0)
-        tokens = np.zeros((len(works), most), dtype=np.int32)
-        hidden = self._take_backlog(works).float().contiguous().numpy()
-        self._deferred.decoder.propose(
-            ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
-            sequences=sequences,
-            pages=pages,
-            hidden_in=hidden,
-            hidden=np.empty(hidden.shape, dtype=np.float32),
-            counts=np.array(counts, dtype=np.int32),
-            head=head.matrix,
-            head_ids=head.ids,
-            limit=head.limit,
-            most=most,
-            tokens=tokens,
-            invariant=self.native.invariant,
+        table, pages = _table(works, _starts(works), [(work.first, 0, False, 0) for work in works])
+        return self.native.module.propose(
+            self._deferred.decoder,
+            self.native.drafting(defined_ids),
+            [self.lane_of(sequence) for sequence in sequences],
+            [sequence.output_ids for sequence in sequences],
+            np.array([token for work in works for token in work.ids], dtype=np.int32),
+            table,
+            pages,
+            self._take_backlog(works).float().contiguous().numpy(),
+            list(counts),
+            least_share,
+            self.native.invariant,
         )
-        return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
         starts = _starts(works)

@@ -195,7 +195,7 @@ class TokenLogprobs:
     """(token id, log-probability), likeliest first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Usage:
     """What a request has cost so far, in tokens."""
 
@@ -233,7 +233,7 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Event:
     """What one step added to one request."""
 

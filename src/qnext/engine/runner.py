@@ -56,9 +56,6 @@ class MtpWork:
 class Runner:
     """One model and one cache; ``track_mtp`` keeps what the MTP head needs."""
 
-    proposes = False
-    """Whether ``propose`` makes all greedy drafts of a step at once."""
-
     def __init__(
         self,
         model: CausalLM,
@@ -89,7 +86,7 @@ class Runner:
         self._hidden: Tensor | None = None
         self._step_rows = 0
         # Hidden rows not yet read by the MTP layer, oldest first, and its own last output.
-        self._backlog: dict[int, list[Tensor]] = {}
+        self._backlog: dict[int, list[Tensor | np.ndarray]] = {}
         self._drafting: dict[int, Tensor] = {}
 
     # -- slots and pages -------------------------------------------------------------------------
@@ -203,7 +200,7 @@ class Runner:
         for work in self._works:
             rows = self._backlog.get(work.slot)
             if rows:
-                rows[-1] = rows[-1].clone()
+                rows[-1] = torch.as_tensor(rows[-1]).clone()
 
     @torch.inference_mode()
     def fill(self, works: Sequence[MtpWork]) -> Tensor:
@@ -220,7 +217,7 @@ class Runner:
             rows = self._backlog[work.slot]
             count = sum(part.shape[0] for part in rows)
             assert count == len(work.ids), (count, len(work.ids))
-            hidden += rows
+            hidden += [torch.as_tensor(part) for part in rows]
             self._backlog[work.slot] = []
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 

@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
@@ -94,6 +94,10 @@ class Sequence:
     fetched: Fetched | None = None
     """What a look at the disk for its prompt has come to; None before there was one."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    lane: Any = None
+    """What the native step of decoding knows of it, while it has a slot."""
+    lane_pages: int = 0
+    """Pages the lane knows of."""
     guide: Guide | None = None
     """What its rules allow next; None for a request without rules."""
     told: int = 0
@@ -297,7 +301,7 @@ class Scheduler:
         """Choose the next step; admits, parks and evicts as needed."""
         self._admit()
         self.running.sort(key=lambda s: s.order)
-        self._fit_pages()
+        self.fit_pages()
         budget = self.max_batch_tokens
         decoding = [s for s in self.running if s.length - s.done == 1]
         prefilling = [s for s in self.running if s.length - s.done > 1]
@@ -540,7 +544,7 @@ class Scheduler:
 
     # -- memory ----------------------------------------------------------------------------------
 
-    def _fit_pages(self) -> None:
+    def fit_pages(self) -> None:
         """Make sure that every running sequence can write its next tokens."""
         for sequence in list(self.running):
             if sequence.slot is None:
@@ -619,7 +623,7 @@ class Scheduler:
         assert sequence.slot is not None
         self.slots.close(sequence.slot)
         self.pool.give_back(sequence.pages)
-        sequence.slot, sequence.pages = None, []
+        sequence.slot, sequence.pages, sequence.lane = None, [], None
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

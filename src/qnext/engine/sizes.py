@@ -95,3 +95,36 @@ def parse_bytes(amount: str | int, *, name: str = "memory") -> int:
     if found is None or found[2] not in _UNITS:
         raise RequestError(f"{name}: expected an amount such as 2GiB or 500MB, found {amount!r}.")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What an engine has to know beside its runner and its pages."""
+
+    num_slots: int
+    """Sequences that can run at once."""
+    num_snapshots: int
+    """Slots of the runner that are set aside for snapshots."""
+    page_size: int
+    """Tokens of a page."""
+    max_batch_tokens: int
+    """Rows of a step."""
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    defined_ids: int
+    """Ids below this can be chosen."""
+    max_chunk_tokens: int | None = None
+    """Rows of one prompt in a step; None for all there are."""
+    speculative_tokens: int | str = 0
+    """Drafts per sequence and step, or "auto"."""
+    snapshot_interval: int = 0
+    """Tokens of a prompt between snapshots; 0 for none."""
+    tie_bound: float | None = None
+    """How far rounding reaches, relative to the largest logit; None counts no near-ties."""
+    state_bytes: int = 1
+    """Memory of a snapshot beside its pages."""
+    page_bytes: int = 1
+    """Memory of a page."""
+    context_share: float = 0.0
+    """Arithmetic of a token per token of context, over its other arithmetic."""

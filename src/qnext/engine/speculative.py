@@ -24,9 +24,9 @@ HURDLE = 1.08
 above all reading prompts, is not known, and measured times scatter."""
 PROBE_STEPS = 4
 """Steps of one probe."""
-FIRST_REST = 64
+FIRST_REST = 256
 """Steps without drafts before the first probe; doubled as long as probes do not pay."""
-LONGEST_REST = 4096
+LONGEST_REST = 8192
 
 
 @dataclass(slots=True)
@@ -60,6 +60,8 @@ class DraftPolicy:
         """Drafts accepted by position, since the start."""
         self.rests = False
         """Whether drafting did not pay when last asked: then prompts need not be read at once."""
+        self.least_share = 0.0
+        """Drafts that the head finds less likely than this are not made."""
         self._times: dict[tuple[str, int, int], deque[float]] = {}
         self._medians: dict[tuple[str, int], dict[int, float]] = {}
         self._rest: dict[int, int] = {}
@@ -78,11 +80,15 @@ class DraftPolicy:
         """Drafts of one request were verified."""
         if not drafted:
             return
-        self.everyone.note(drafted, accepted)
-        self.by_request.setdefault(request_id, Acceptance()).note(drafted, accepted)
         for i in range(min(drafted, accepted + 1)):
             self.tried[i] += 1
             self.taken[i] += i < accepted
+        if isinstance(self.setting, str):
+            self.everyone.note(drafted, accepted)
+            own = self.by_request.get(request_id)
+            if own is None:
+                own = self.by_request[request_id] = Acceptance()
+            own.note(drafted, accepted)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
@@ -90,6 +96,9 @@ class DraftPolicy:
 
     def verified(self, sequences: int, drafts: int, seconds: float) -> None:
         """A forward of decoding sequences alone, each with so many drafts, took so long."""
+        resting = 0 if drafts else self._resting.get(_bucket(sequences), 0)
+        if resting > WINDOW and resting % WINDOW:
+            return  # one of many such steps
         self._note_time("verify", sequences, drafts, seconds)
 
     def drafted(self, sequences: int, drafts: int, seconds: float) -> None:
@@ -97,6 +106,8 @@ class DraftPolicy:
         self._note_time("draft", sequences, drafts, seconds)
 
     def _note_time(self, phase: str, sequences: int, drafts: int, seconds: float) -> None:
+        if not isinstance(self.setting, str):
+            return  # nothing is chosen by it
         key = (phase, _bucket(sequences), drafts)
         times = self._times.setdefault(key, deque(maxlen=WINDOW))
         times.append(seconds)

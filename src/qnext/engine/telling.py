@@ -5,13 +5,15 @@ of a prompt, in one step if they fit. Without log-probabilities they are told of
 them, when the row before each has been run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from qnext.engine.request import EndedBy, Event, FinishReason, Request, Usage
-from qnext.engine.sampler import logprobs_of
+from qnext.engine.request import EndedBy, Event, FinishReason, Request, TokenLogprobs, Usage
 from qnext.engine.scheduler import Sequence as Running
+
+LogprobsOf = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprobs]]
+"""Of logits [R, V], one token of each row and so many of the best."""
 
 
 def stop_ids(request: Request) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ def known_rows(sequence: Running, count: int) -> range:
     return range(max(first, 0), max(first, 0, min(count, sequence.length - 1 - start)))
 
 
-def note_forced(sequence: Running, logits: Tensor) -> None:
+def note_forced(sequence: Running, logits: Tensor, logprobs_of: LogprobsOf) -> None:
     """Log-probabilities of forced tokens, from the rows [n, V] before them."""
     top = sequence.request.params.logprobs
     if top is None or not len(logits):

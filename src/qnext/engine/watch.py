@@ -36,8 +36,12 @@ class Watch:
         self.drafts.update(enumerate(drafts[:emitted], start=first))
 
     def note_routes(self, start: int, routes: np.ndarray) -> None:
-        """Experts [T, L, X] of the positions from ``start`` on."""
+        """Experts [T, L, X] of the positions from ``start`` on.
+
+        Positions may come again, when a request had to make room and starts over.
+        """
         assert self.routes_from is not None
-        skip = max(self.routes_from - start, 0)
+        known = self.routes_from + sum(map(len, self._routes))
+        skip = max(known - start, 0)
         if skip < len(routes):
             self._routes.append(routes[skip:].copy())

@@ -6,7 +6,7 @@ projections, mixers and experts in the order of ``model.py``, activations in flo
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -67,6 +67,10 @@ DRAFT_LAST = 64
 """And from so many of the last defined ids: a tokenizer's control tokens follow its merges."""
 
 
+PACK_DRAFTS_MOST = 1 << 25
+"""An MTP layer of more weights than this is run as it is stored: packing would delay the start."""
+
+
 class DraftHead(NamedTuple):
     """The rows of the head that a draft may be. Ids of byte-level BPE are in the order of its
     merges, so the first ones make up most of any text."""
@@ -103,7 +107,9 @@ class NativeModel:
     stacked under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``, and gate and up of a
     dense part packed as one ``gate_up_proj.weight``. ``dtype`` is that of keys, values and
     convolution windows. With ``invariant`` a token's numbers depend on the tokens before it alone,
-    not on batch, chunks, drafts or threads. Raises BackendError when ``unfit`` has a reason.
+    not on batch, chunks, drafts or threads. ``pack_drafts`` packs a matrix of the MTP layer, or of
+    the head it drafts with, which changes drafts and never tokens; None leaves them as they are.
+    Raises BackendError when ``unfit`` has a reason.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class NativeModel:
         *,
         dtype: torch.dtype,
         invariant: bool = False,
+        pack_drafts: Callable[[Tensor], Packed] | None = None,
     ) -> None:
         reason = unfit(config, dtype)
         if reason is not None:
@@ -120,21 +127,34 @@ class NativeModel:
         self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
         self.invariant = invariant
         self.has_mtp = "mtp.fc.weight" in weights
-        self._native = native.load()
+        self.module: Any = native.load()
+        self._native = self.module
         self._weights = weights
+        self._pack_drafts = None
+        if pack_drafts is not None and _size_of_mtp(weights) <= PACK_DRAFTS_MOST:
+            self._pack_drafts = pack_drafts
         self._alive: list[object] = []
         tied = config.tie_word_embeddings
         self._head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         self._draft_heads: dict[int, DraftHead] = {}
+        self._drafting: dict[int, Any] = {}
         self.decoder = self._build()
         self.cache: weakref.ref[DeferredCache] | None = None
         """The cache the decoder reads and writes now."""
 
     @classmethod
-    def from_model(cls, model: CausalLM, *, invariant: bool = False) -> "NativeModel":
+    def from_model(
+        cls,
+        model: CausalLM,
+        *,
+        invariant: bool = False,
+        pack_drafts: Callable[[Tensor], Packed] | None = None,
+    ) -> "NativeModel":
         """The native twin of a model; both read the same tensors."""
         weights: dict[str, Weight] = dict(model.state_dict())
-        return cls(model.config, weights, dtype=model.dtype, invariant=invariant)
+        return cls(
+            model.config, weights, dtype=model.dtype, invariant=invariant, pack_drafts=pack_drafts
+        )
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -159,18 +179,29 @@ class NativeModel:
         ids = ids[ids < vocabulary]
         matrix = (
             self._matrix(self._head)
-            if len(ids) == vocabulary
+            if len(ids) == vocabulary and self._pack_drafts is None
             else self._some_tiles(self._weights[self._head], tiles, ids)
         )
         head = DraftHead(matrix, ids, int((ids < defined_ids).sum()))
         self._draft_heads[defined_ids] = head
         return head
 
+    def drafting(self, defined_ids: int) -> Any:
+        """What a native step needs to make drafts; an empty one for a model without MTP head."""
+        found = self._drafting.get(defined_ids)
+        if found is None:
+            n, none = self._native, np.zeros(0, dtype=np.int32)
+            head = self.draft_head(defined_ids) if self.has_mtp else (n.Matrix(), none, 0)
+            found = self._drafting[defined_ids] = n.Drafting(*head)
+        return found
+
     # -- building --------------------------------------------------------------------------------
 
     def _some_tiles(self, weight: Weight, tiles: Sequence[int], ids: np.ndarray) -> Any:
         if isinstance(weight, Tensor):
             rows = weight.detach()[torch.from_numpy(ids).long()]
+            if self._pack_drafts is not None:
+                return self._packed(self._pack_drafts(rows.float()))
             return self._matrix_of(rows)
         packed = cast("Packed", weight)
         data = packed.data.flatten().view(torch.uint8)
@@ -303,8 +334,15 @@ class NativeModel:
     def _matrix(self, name: str) -> Any:
         weight = self._weights[name]
         if isinstance(weight, Tensor):
+            # The router and gates of one row decide by small differences.
+            large = min(weight.shape) > 1 and not name.endswith(".mlp.gate.weight")
+            if self._pack_drafts is not None and large and name.startswith("mtp."):
+                return self._packed(self._pack_drafts(weight.detach().float()))
             return self._matrix_of(weight)
-        packed = cast("Packed", weight)
+        return self._packed(cast("Packed", weight))
+
+    def _packed(self, packed: Packed) -> Any:
+        self._alive.append(packed)
         data = packed.data
         size = data.numel() * data.element_size()
         kind = FORMATS[packed.format]
@@ -335,6 +373,11 @@ class NativeModel:
         values = values.flatten().contiguous()
         self._alive.append(values)
         owner.set_floats(name, values)
+
+
+def _size_of_mtp(weights: Mapping[str, Weight]) -> int:
+    mtp = [weight for name, weight in weights.items() if name.startswith("mtp.")]
+    return sum(weight.numel() for weight in mtp if isinstance(weight, Tensor))
 
 
 def _format_of(weight: Weight) -> str:
@@ -396,7 +439,7 @@ class DeferredCache(HybridCache):
                 self.kv.view(torch.uint8), self.kv.shape[1], PAGE_SIZE,
                 model.dtype == torch.bfloat16, self.recurrent, self.conv.view(torch.uint8),
                 self.num_slots, self.pending.shape[1], self.most_pending, self.pending,
-                self.pending_window.view(torch.uint8),
+                self.pending_window.view(torch.uint8), self.last_hidden.view(torch.uint8),
             )  # fmt: skip
             model.cache = weakref.ref(self)
         return model.decoder
@@ -451,17 +494,29 @@ class DeferredCache(HybridCache):
         super().load(slot, saved)
         self.kept[slot] = 0
 
+    def pending_of(self, slot: int) -> int:
+        """Where the undecided tokens of a slot go; 0 if sequences have none."""
+        if not self.pending.shape[1]:
+            return 0
+        if slot not in self.pending_row:
+            self.pending_row[slot] = self._free_rows.pop()
+        return self.pending_row[slot]
+
     # -- steps -----------------------------------------------------------------------------------
+
+    def advance(self, slot: int, count: int, *, speculative: bool) -> None:
+        """A step run by the decoder alone has added so many tokens to a sequence."""
+        self._lengths[slot] += count
+        self.kept[slot] = count if speculative else 0
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """Note what the coming step of the decoder runs; ``keep`` ends it."""
         assert self._open_pieces is None, "keep() of the previous step has not been called"
         for piece in pieces:
             assert piece.before == self._lengths[piece.slot], (piece, self._lengths[piece.slot])
-            if piece.speculative and self.pending.shape[0]:
+            if piece.speculative and self.pending.shape[1]:
                 assert piece.tokens <= self.most_pending, (piece, self.most_pending)
-                if piece.slot not in self.pending_row:
-                    self.pending_row[piece.slot] = self._free_rows.pop()
+                self.pending_of(piece.slot)
         self._open_pieces = tuple(pieces)
 
     def remember(self, hidden: Tensor, captures: Sequence[tuple[int, int, int]]) -> None:

@@ -1,5 +1,7 @@
 """Causal depthwise convolution with SiLU over packed sequences, each with its saved window."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,41 +71,80 @@ def _convolve(
     return out, rows[segments.tail_table(history)]
 
 
+BLOCK_NUMBERS = 1 << 17
+"""Numbers of a block of rows, which a core's cache holds in float32 while all taps are added."""
+
+
 class _CausalConv(torch.autograd.Function):
-    """Shifted, masked multiply-adds and SiLU; the sum over taps is computed again in backward."""
+    """Shifted, masked multiply-adds and SiLU, a block of rows at a time.
+
+    Blocks read the few rows before them (and, in backward, after them) once more. The sum over taps
+    is computed again in backward.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, offsets):  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(x, weight, offsets)
-        return F.silu(_CausalConv.mixed(x, weight, offsets), inplace=True).to(x.dtype)
-
-    @staticmethod
-    def mixed(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """The sum over taps [P, ch], float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        taps = weight.to(wide)
-        last = weight.shape[1] - 1
-        out = x * taps[:, last]
-        for back in range(1, min(last, x.shape[0] - 1) + 1):
-            seen = (offsets[back:] >= back).to(x.dtype)[:, None]
-            out[back:].addcmul_(x[:-back] * seen, taps[:, last - back])
+        taps = weight.T.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        out = torch.empty_like(x)
+        for start, stop in _blocks(x):
+            _, mixed = _mixed(x, taps, offsets, start, stop)
+            out[start:stop] = F.silu(mixed, inplace=True)
         return out
 
     @staticmethod
     def backward(ctx, d_y):  # type: ignore[no-untyped-def, override]
         x, weight, offsets = ctx.saved_tensors
-        mixed = _CausalConv.mixed(x, weight, offsets)
-        taps, last = weight.to(mixed.dtype), weight.shape[1] - 1
-        d_mixed = torch.ops.aten.silu_backward(d_y.to(mixed.dtype), mixed)
-        d_x = d_mixed * taps[:, last]
+        history = weight.shape[1] - 1
+        taps = weight.T.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         d_taps = torch.zeros_like(taps)
-        d_taps[:, last] = (d_mixed * x).sum(0)
-        for back in range(1, min(last, x.shape[0] - 1) + 1):
-            seen = (offsets[back:] >= back).to(mixed.dtype)[:, None]
-            slope = d_mixed[back:] * seen
-            d_x[:-back].addcmul_(slope, taps[:, last - back])
-            d_taps[:, last - back] = slope.mul_(x[:-back]).sum(0)
-        return d_x.to(x.dtype), d_taps.to(weight.dtype), None
+        d_x = torch.empty_like(x)
+        for start, stop in _blocks(x):
+            # The last rows of the block are also read by the first rows after it.
+            after = min(stop + history, x.shape[0])
+            seen_x, mixed = _mixed(x, taps, offsets, start, after)
+            d_mixed = torch.ops.aten.silu_backward(d_y[start:after].to(taps.dtype), mixed)
+            rows = stop - start
+            d_block = d_mixed[:rows] * taps[history]
+            d_taps[history] += (d_mixed[:rows] * seen_x[history : history + rows]).sum(0)
+            for back in range(1, history + 1):
+                slope = d_mixed * _seen(offsets[start:after], back, taps.dtype)
+                earlier = seen_x[history - back : history - back + rows]
+                d_taps[history - back] += (slope[:rows] * earlier).sum(0)
+                inside = slope[back : back + rows]
+                d_block[: inside.shape[0]].addcmul_(inside, taps[history - back])
+            d_x[start:stop] = d_block
+        return d_x, d_taps.T.to(weight.dtype), None
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
+    rows = max(16, BLOCK_NUMBERS // x.shape[1])
+    for start in range(0, x.shape[0], rows):
+        yield start, min(start + rows, x.shape[0])
+
+
+def _seen(offsets: Tensor, back: int, dtype: torch.dtype) -> Tensor:
+    """[rows, 1]: 1 where the row ``back`` before is of the same sequence."""
+    return (offsets >= back).to(dtype)[:, None]
+
+
+def _mixed(
+    x: Tensor, taps: Tensor, offsets: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Rows ``start - history ... stop`` of x, zeros before the first, and the sums of the block.
+
+    taps [J, ch] and both results are float32; the sums are [stop - start, ch].
+    """
+    history = taps.shape[0] - 1
+    first = max(0, start - history)
+    rows = x[first:stop].to(taps.dtype)
+    if start - first < history:
+        rows = torch.cat((rows.new_zeros(history - (start - first), rows.shape[1]), rows))
+    out = rows[history:] * taps[history]
+    for back in range(1, history + 1):
+        earlier = rows[history - back : history - back + stop - start]
+        out.addcmul_(earlier * _seen(offsets[start:stop], back, taps.dtype), taps[history - back])
+    return rows, out
 
 
 def causal_conv_training(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK_BYTES = 8 << 20
-"""Float32 logits alive at once. Small enough for a shared cache, tall enough for a product."""
+BLOCK_BYTES = 32 << 20
+"""Float32 logits alive at once. Every block adds to the whole gradient of the head, so that small
+ones cost more than they save."""
 LEAST_ROWS = 256
 """Rows of a block; a vocabulary too wide for that many is cut into blocks as well."""
 

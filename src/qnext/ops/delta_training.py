@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qnext.ops.segments import Segments
 
-CHUNK = 32
-"""Tokens solved at once. The work inside a chunk grows with its size, the number of steps falls."""
+CHUNK, WIDE_CHUNK = 32, 64
+"""Tokens solved at once, for heads of at most 64 dimensions and for wider ones. The work inside a
+chunk grows with its size, the work on states falls, and that grows with the square of a head."""
 LANE = 256
 """Tokens that documents of a batch of short ones share; more would be steps with little to do."""
 EPSILON = 1e-6
@@ -299,22 +300,22 @@ class _GatedDelta(torch.autograd.Function):
         n, W, _, M = c.v.shape
         group, K = W // c.k.shape[1], c.k.shape[-1]
         S_nWKM = c.v.new_empty(n, W, K, M)
+        S_nWKM[: table.active[0]] = 0.0
         # In place: the values without what the state predicts for their keys.
         written_nWCM = c.fresh
         start = 0
-        S = c.v.new_zeros(table.active[0], W, K, M)
-        for lanes in table.active:
-            part = slice(start, start + lanes)
-            S = S[:lanes]
-            S_nWKM[part] = S
+        for lanes, going_on in zip(table.active, (*table.active[1:], 0), strict=True):
+            part, next_part = slice(start, start + lanes), slice(start, start + going_on)
             new = written_nWCM[part].flatten(0, 1)
-            new.baddbmm_(c.erase[part].flatten(0, 1), S.flatten(0, 1), alpha=-1)
-            S = torch.baddbmm(
-                (c.total[part] * S).flatten(0, 1),
-                c.kept_k[part].flatten(0, 1).transpose(1, 2),
-                new,
-            ).unflatten(0, (lanes, W))
+            new.baddbmm_(c.erase[part].flatten(0, 1), S_nWKM[part].flatten(0, 1), alpha=-1)
             start += lanes
+            if going_on:
+                S = S_nWKM[start : start + going_on]
+                torch.mul(c.total[next_part], S_nWKM[next_part], out=S)
+                S.flatten(0, 1).baddbmm_(
+                    c.kept_k[next_part].flatten(0, 1).transpose(1, 2),
+                    written_nWCM[next_part].flatten(0, 1),
+                )
         out_nWCM = c.qk @ written_nWCM
         q_nWCK = _per_head(c.q, group) * c.read[..., None]
         out_nWCM.flatten(0, 1).baddbmm_(q_nWCK.flatten(0, 1), S_nWKM.flatten(0, 1))
@@ -327,7 +328,7 @@ class _GatedDelta(torch.autograd.Function):
         q, k, v, g, beta, S_nWKM = ctx.saved_tensors
         table: LaneTable = ctx.table
         c = _prepare(q, k, v, g, beta, table)
-        n, W, _, M = c.v.shape
+        n, W = c.v.shape[:2]
         group, K = W // c.k.shape[1], c.k.shape[-1]
         flat_S = S_nWKM.flatten(0, 1)
 
@@ -342,23 +343,23 @@ class _GatedDelta(torch.autograd.Function):
         d_written = bmm(c.qk.transpose(2, 3), d_o)
         local_dS = bmm(q_W.transpose(2, 3), read_do)
         dS_out = torch.empty_like(S_nWKM)
+        dS_out[n - table.active[-1] :] = 0.0
         stop = n
-        dS = c.v.new_zeros(0, W, K, M)
-        for lanes in reversed(table.active):
+        before = (*reversed(table.active[:-1]), 0)
+        for lanes, lanes_before in zip(reversed(table.active), before, strict=True):
             part = slice(stop - lanes, stop)
-            if dS.shape[0] < lanes:
-                dS = torch.cat((dS, dS.new_zeros(lanes - dS.shape[0], W, K, M)))
-            dS_out[part] = dS
             d_new = d_written[part].flatten(0, 1)
-            d_new.baddbmm_(c.kept_k[part].flatten(0, 1), dS.flatten(0, 1))
-            step = torch.addcmul(local_dS[part], c.total[part], dS)
-            step.flatten(0, 1).baddbmm_(
-                c.erase[part].flatten(0, 1).transpose(1, 2), d_new, alpha=-1
-            )
-            dS = step
+            d_new.baddbmm_(c.kept_k[part].flatten(0, 1), dS_out[part].flatten(0, 1))
             stop -= lanes
+            if lanes_before:
+                dS = dS_out[stop - lanes_before : stop]
+                dS[lanes:] = 0.0
+                torch.addcmul(local_dS[part], c.total[part], dS_out[part], out=dS[:lanes])
+                dS[:lanes].flatten(0, 1).baddbmm_(
+                    c.erase[part].flatten(0, 1).transpose(1, 2), d_new, alpha=-1
+                )
         # <dS', S'> = total <dS', S> + <kept_k dS', written>; the second half comes below.
-        d_total = (dS_out * S_nWKM).sum((-1, -2)) * c.total[..., 0, 0]
+        d_total = _dot(dS_out, S_nWKM) * c.total[..., 0, 0]
         written_t, S_t, dS_t = (x.transpose(2, 3) for x in (written, S_nWKM, dS_out))
         dX = bmm(c.inverse.transpose(2, 3), d_written)
         dP = bmm(d_o, written_t).mul_(c.decay)
@@ -371,7 +372,7 @@ class _GatedDelta(torch.autograd.Function):
             (dR * c.read[..., None]).flatten(0, 1), S_t.flatten(0, 1), alpha=-1
         )
         kept = bmm(written, dS_t).mul_(c.keep[..., None])
-        d_total = d_total + (kept * k_W).sum((-1, -2))
+        d_total = d_total + _dot(kept, k_W)
         write = kept
         write.flatten(0, 1).baddbmm_(M_nWCC.flatten(0, 1).transpose(1, 2), k_W.flatten(0, 1))
         write.flatten(0, 1).baddbmm_(dP.flatten(0, 1).transpose(1, 2), q_W.flatten(0, 1))
@@ -395,6 +396,11 @@ class _GatedDelta(torch.autograd.Function):
         )
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over the last two axes: [n, W, x, y] twice -> [n, W]."""
+    return (a * b).sum((-1, -2))
+
+
 def _through_norm(d: Tensor, x: Tensor, inverse_size: Tensor, scale: float) -> Tensor:
     """Gradient of a raw vector from that of ``x = scale * raw * inverse_size``."""
     along = (d * x).sum(-1, keepdim=True) / scale**2
@@ -407,4 +413,5 @@ def gated_delta_whole_training(
     """The contract of ``GatedDeltaWhole`` with a backward of its own."""
     if not segments.total:
         return v.float() * 0.0
-    return _GatedDelta.apply(q, k, v, g, beta, lane_table(segments, CHUNK))
+    chunk = CHUNK if max(q.shape[-1], v.shape[-1]) <= 64 else WIDE_CHUNK
+    return _GatedDelta.apply(q, k, v, g, beta, lane_table(segments, chunk))

@@ -188,10 +188,11 @@ def _through_activation(
 
 def _sum_slots(rows: Tensor, inverse: Tensor, slots: int) -> Tensor:
     """Row p of the result is the sum of the slots of token p, added in their order."""
-    back = rows.index_select(0, inverse).unflatten(0, (-1, slots))
     if slots == 1:
-        return back[:, 0]
-    return back.sum(1)
+        return rows.index_select(0, inverse)
+    if rows.dtype == torch.float64:  # the fused form is for the dtypes of models
+        return rows.index_select(0, inverse).unflatten(0, (-1, slots)).sum(1)
+    return F.embedding_bag(inverse.view(-1, slots), rows, mode="sum")
 
 
 def experts_training(

@@ -8,6 +8,7 @@ sockets and the banner in ``server.py``.
 import contextlib
 import logging
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -46,6 +48,9 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
+SWITCH_S = 0.0005
+ENCODERS = 2
+"""Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
 ID_PREFIXES: dict[type, str] = {
     ChatRequest: "chatcmpl-", CompletionRequest: "cmpl-", ResponsesRequest: "resp_",
@@ -132,16 +137,22 @@ class _Service:
         self._inspector = Inspector(llm, self.worker)
         self._log_prompts = log_prompts
         self._started = int(time.time())
+        # More threads would only wait for each other, and the event loop for all of them.
+        self._encoders = CapacityLimiter(ENCODERS)
         self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
         """(id of an answer, id of its request in the engine)."""
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        # The event loop has little to do at a time, and must not wait long for the engine's thread.
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         self.worker.start()
         try:
             yield
         finally:
             await run_in_threadpool(self.worker.stop)
+            sys.setswitchinterval(before)
 
     # -- generating ------------------------------------------------------------------------------
 
@@ -214,7 +225,7 @@ class _Service:
         """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
         code = None
         try:
-            pairs = await run_in_threadpool(asked.prepare, self.llm)
+            pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
             if isinstance(asked, Sampling) and asked.wants_inspection():
                 pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:

@@ -148,14 +148,18 @@ def banner(llm: LLM, listener: socket.socket, serving: Serving | None = None) ->
         f"{str(llm.model.dtype).removeprefix('torch.')} on {llm.model.device}",
         f"  context   {llm.max_model_len:,} tokens; the cache holds {tokens:,} tokens of up to "
         f"{engine.scheduler.num_slots} requests, and {engine.prefix.num_slots} prefixes",
-        *(f"  kernels   {name}: {', '.join(ops)}" for name, ops in by_backend.items()),
+        *(
+            f"  weights   {name}" if ops == ["weights"] else f"  kernels   {name}: {', '.join(ops)}"
+            for name, ops in by_backend.items()
+        ),
         f"  drafting  {'none' if drafts == 0 else f'{drafts} tokens per step of the MTP head'}",
         f"  limits    {serving.limits.max_waiting} requests may wait; "
         + ("no time limit" if timeout is None else f"{timeout:g} s per answer"),
         f"  access    {keys}; "
         + (f"pages of {', '.join(serving.origins)}" if serving.origins else "no other web sites"),
         f"  page      {url}/",
-        f"  API       {url}/v1 (chat/completions, completions, models), {url}/health",
+        f"  API       {url}/v1 (chat/completions, completions, responses, messages, models)",
+        f"            {url}/openapi.json, {url}/health, {url}/metrics",
         "",
         "Ctrl-C stops it.",
     ]

@@ -18,6 +18,7 @@ from qnext.ops import Ops, OpSpec, invariant, select
 from qnext.quantization import Bits
 from qnext.weights.checkpoint import load_model
 from qnext.weights.folder import resolve_model
+from qnext.weights.formats import pack_q8
 from qnext.weights.packed import is_packed, open_packed, pack_model
 
 BACKENDS = ("auto", "native", "torch")
@@ -77,16 +78,19 @@ def load_decoder(
         return load_model(folder, dtype=dtype, device=device, ops=ops).eval()
     assert isinstance(kind, torch.dtype), name
     if packed:
-        opened = open_packed(folder)
-        return NativeModel(opened.config, opened.weights, dtype=kind, invariant=batch_invariant)
-    if quantization is not None:
+        found = open_packed(folder)
+    elif quantization is not None:
         bits = quantization if isinstance(quantization, Bits) else QUANTIZATIONS[quantization]
-        made = pack_model(folder, bits)
-        return NativeModel(made.config, made.weights, dtype=kind, invariant=batch_invariant)
-    if name == config.dtype:
-        mapped = pack_model(folder, 16)
-        return NativeModel(mapped.config, mapped.weights, dtype=kind, invariant=batch_invariant)
-    return NativeModel.from_model(load_model(folder, dtype=dtype), invariant=batch_invariant)
+        found = pack_model(folder, bits)
+    elif name == config.dtype:
+        found = pack_model(folder, 16)
+    else:
+        return NativeModel.from_model(
+            load_model(folder, dtype=dtype), invariant=batch_invariant, pack_drafts=pack_q8
+        )
+    return NativeModel(
+        found.config, found.weights, dtype=kind, invariant=batch_invariant, pack_drafts=pack_q8
+    )
 
 
 def _invariant_ops(name: str, device: str) -> Ops:

@@ -14,8 +14,9 @@ from qnext import LLM
 SETTINGS = {"temperature": 0, "thinking": True}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator:
+    """A browser, for one file: while it runs, no other event loop can run in this thread."""
     sync_api = pytest.importorskip("playwright.sync_api", reason=f"needs playwright; {REMEDY}")
     with sync_api.sync_playwright() as playwright:
         try:

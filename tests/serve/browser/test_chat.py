@@ -106,6 +106,21 @@ def test_thoughts_are_folded_and_counted(visit) -> None:
     assert len(fold.locator(".text").inner_text()) > 5
 
 
+def test_a_thinking_budget_ends_the_thoughts(visit) -> None:
+    def thoughts(page) -> str:
+        ask(page, QUESTION)
+        page.locator(".reasoning summary").click()
+        return page.locator(".reasoning .text").inner_text()
+
+    # The shortest budget but none, 32 tokens; then the sentence that closes the thoughts.
+    free, bound = visit(), visit(settings={"temperature": 0, "budget": 1})
+    begun, _, closing = thoughts(bound).partition("Considering the limited time")
+    assert closing
+    assert begun.strip()
+    assert len(begun) < len(thoughts(free))
+    assert answers(bound)[0]
+
+
 def test_settings_reach_the_server(visit) -> None:
     page = visit(settings=None)
     page.get_by_role("button", name="Settings").click()
@@ -182,6 +197,31 @@ def test_conversations_survive_a_reload_and_travel_as_a_file(visit, tmp_path) ->
     file.write_text('{"format": "something else"}')
     page.locator("#import-file").set_input_files(file)
     assert "no conversations" in page.get_by_role("alert").inner_text()
+
+
+def test_leaving_in_the_middle_keeps_what_was_there(visit, slow_site) -> None:
+    page = visit()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 20")
+    page.reload()
+    assert page.locator(".user .text").inner_text() == STORY
+    assert len(answers(page)[0]) > 10
+    slow_site.wait_until(busy=0)
+
+
+def test_a_deleted_conversation_does_not_come_back_with_its_answer(visit, slow_site) -> None:
+    page = visit()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    page.get_by_label("Message", exact=True).fill(STORY)
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('.model .prose')?.textContent.length > 5")
+    page.get_by_role("button", name=f"Delete {STORY}").click()
+    slow_site.wait_until(busy=0)
+    page.reload()
+    assert page.locator("#conversations li").count() == 0
+    assert answers(page) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -47,7 +47,7 @@ function list() {
     return h("li", { class: current ? "current" : null },
       h("button", { type: "button", class: "name", title: name, "aria-current": current && "true",
         onclick: () => {
-          open(conversation);
+          if (!current) open(conversation);
           location.hash = "#chat";
           if (!wide.matches) setSidebar(false);
         } }, name),
@@ -59,9 +59,10 @@ function list() {
 
 function remove(conversation, name) {
   if (!confirm(`Delete “${name}”? It cannot be brought back.`)) return;
-  conversation.remove();
+  const isOpen = conversation.id === page.conversation.id;
+  (isOpen ? page.conversation : conversation).remove();
   announce("Deleted.");
-  if (conversation.id === page.conversation.id) open(new store.Conversation());
+  if (isOpen) open(new store.Conversation());
   else list();
   byId("new").focus();
 }
@@ -166,6 +167,9 @@ addEventListener("hashchange", () => {
   route();
   const view = VIEWS.find((name) => !byId(name).hidden);
   if (view !== "chat") byId(view).focus();
+});
+addEventListener("pagehide", () => {
+  if (isAnswering()) page.conversation.save();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", applyTheme);
 

@@ -200,6 +200,8 @@ function regenerate(node) {
 async function respond(question) {
   const { conversation } = page;
   const node = conversation.add(question, "assistant", "", { reasoning: "" });
+  conversation.save();
+  page.changed();
   running.add(node.id);
   stopper = new AbortController();
   const { signal } = stopper;

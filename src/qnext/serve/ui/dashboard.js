@@ -64,7 +64,7 @@ export class Dashboard {
     const used = pages - sum("qnext_cache_pages_free");
     const about = found.get("qnext_model_info")?.[0]?.labels ?? {};
     fill(this.cards,
-      this.card("Throughput", `${Math.round(rate)}`, "tokens per second",
+      this.card("Throughput", count(Math.round(rate)), "tokens per second",
         this.line((one) => one.rate), `${count(generated)} tokens since the start`),
       this.card("Requests", `${running}`, `running, ${waiting} waiting`,
         this.line((one) => one.running + one.waiting), `${sum("qnext_slots")} can run at once`),

@@ -77,6 +77,8 @@ export class Inspect {
       h("section", { "aria-labelledby": "tokens-title" },
         h("h3", { id: "tokens-title" }, "Tokens"),
         this.legend(found),
+        found.completion_tokens > found.tokens.length && h("p", { class: "quiet" },
+          `The first ${count(found.tokens.length)} of ${count(found.completion_tokens)} are shown.`),
         h("div", { class: "tokens-and-detail" }, this.chips(found), this.detail)),
       this.expertsSection(found),
       this.layersSection(found),

@@ -74,7 +74,7 @@ export class Conversation {
   }
 
   save() {
-    if (!this.nodes.size) return;
+    if (!this.nodes.size || this.removed) return;
     this.updated = Date.now();
     try {
       localStorage.setItem(PREFIX + this.id, JSON.stringify(this));
@@ -84,7 +84,9 @@ export class Conversation {
     }
   }
 
+  /** Forgets the conversation; an answer that still arrives does not bring it back. */
   remove() {
+    this.removed = true;
     localStorage.removeItem(PREFIX + this.id);
   }
 }

@@ -1,0 +1,122 @@
+"""Steps in which every sequence decodes: one native call from newest tokens to next tokens.
+
+The engine's general step goes through rows of logits and looks at every request for what it might
+want. Most steps of most servers need none of that: nobody waits, every prompt has run, and what is
+left is to run, choose, accept and draft. ``Lanes`` recognises such a step and does it in one call
+(``csrc/lane.h``); the numbers, and so the tokens, are those of the general step.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+from qnext.engine.native_runner import NativeRunner
+from qnext.engine.native_sampler import logprobs_of
+from qnext.engine.request import FinishReason, TokenLogprobs
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sizes import MAX_BACKLOG
+from qnext.engine.speculative import DraftPolicy
+
+REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
+
+Told = Callable[[Running, FinishReason | None, list[TokenLogprobs]], None]
+"""Takes what a sequence got in a step, beside the tokens its output ends with now."""
+
+
+class Lanes:
+    """The decoding steps of one engine, as far as they are plain."""
+
+    def __init__(
+        self,
+        runner: NativeRunner,
+        scheduler: Scheduler,
+        policy: DraftPolicy,
+        *,
+        defined_ids: int,
+        tie_bound: float | None,
+    ) -> None:
+        self.runner, self.scheduler, self.policy = runner, scheduler, policy
+        self.defined_ids = defined_ids
+        self.tie_bound = -1.0 if tie_bound is None else tie_bound
+
+    def ready(self) -> bool:
+        """Whether the next step is plain decoding; gives sequences the pages they need for it."""
+        scheduler = self.scheduler
+        running = scheduler.running
+        if not running or (scheduler.waiting and len(running) < scheduler.num_slots):
+            return False
+        if len(running) * (1 + self.policy.limit) > scheduler.max_batch_tokens:
+            return False
+        ahead, page = 2 * self.policy.limit, scheduler.page_size
+        fits = True
+        for s in running:
+            output = len(s.output_ids)
+            length = len(s.request.prompt_ids) + output
+            if not output or length - s.done != 1 or s.plants:
+                return False
+            if s.guide is not None or s.request.watch is not None:
+                return False
+            last = len(s.request.prompt_ids) + s.max_tokens
+            if len(s.pages) * page < min(length + ahead, last):
+                fits = False
+        if not fits:
+            # May park somebody, who then waits for the general step to come back.
+            scheduler.fit_pages()
+        return bool(scheduler.running)
+
+    def step(self, told: Told) -> tuple[list[Running], int | None]:
+        """Run it. ``told`` takes every sequence's tokens; returns who ended, and drafts due.
+
+        Drafts are due, so many for each or 0, when the MTP layer has to read up; None when not.
+        """
+        running = list(self.scheduler.running)
+        runner, policy = self.runner, self.policy
+        wanted = 0
+        if policy.limit and not policy.rests_on(len(running)):
+            wanted = policy.choose([s.request.id for s in running])
+        native = wanted if wanted and not runner.is_behind(running) else 0
+        started = perf_counter()
+        lanes, want_logits = [], False
+        for s in running:
+            lanes.append(runner.lane_of(s))
+            want_logits = want_logits or s.request.params.logprobs is not None
+        found, logits = runner.advance(
+            running, lanes, wanted=native, defined_ids=self.defined_ids,
+            tie_bound=self.tie_bound, least_share=policy.least_share, want_logits=want_logits,
+        )  # fmt: skip
+        drafted = {len(s.drafts) for s in running}
+        ended, row, behind = [], 0, False
+        for s, (tokens, accepted, tried, close, why, drafts, _) in zip(running, found, strict=True):
+            count = len(tokens)
+            s.done += count
+            s.ran += count
+            s.near_ties += close
+            behind = behind or s.done + 1 - s.mtp_len >= MAX_BACKLOG
+            logprobs = []
+            top = s.request.params.logprobs
+            if top is not None:
+                assert logits is not None
+                logprobs = logprobs_of(logits[row : row + count], tokens, [top] * count)
+            row += 1 + len(s.drafts)
+            if s.drafts:
+                s.drafted += len(s.drafts)
+                s.accepted += accepted
+                policy.note(s.request.id, tried, accepted)
+            s.drafts = drafts
+            reason = REASONS[why]
+            counts = s.counts
+            for token in tokens:
+                counts[token] += 1
+            told(s, reason, logprobs)
+            if reason is not None:
+                ended.append(s)
+        if policy.limit:
+            drafting_s = runner.seconds[2]
+            if len(drafted) == 1:
+                seconds = perf_counter() - started - drafting_s
+                policy.verified(len(running), drafted.pop(), seconds)
+            if native:
+                policy.drafted(len(running), native, drafting_s)
+            if not native and (wanted or behind):
+                return ended, wanted
+        return ended, None

@@ -1,0 +1,87 @@
+"""A step of decoding in one native call says what the general step says, about everything."""
+
+import pytest
+
+from qnext import native
+from qnext.engine.engine import Engine
+from qnext.engine.request import Request, SamplingParams
+from qnext.model.native import NativeModel
+
+pytestmark = pytest.mark.skipif(native.unfit() is not None, reason="no native kernels")
+
+WISHES = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "seed": 4, "top_k": 20, "top_p": 0.8, "logprobs": 2},
+    {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+    {"temperature": 0.0, "frequency_penalty": 0.4, "min_tokens": 5, "logprobs": 0},
+    {"temperature": 1.3, "seed": 6, "min_p": 0.02, "logit_bias": {7: 3.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> NativeModel:
+    return NativeModel.from_model(tiny_model, invariant=True)
+
+
+def run(model: NativeModel, *, lanes: bool, drafts: int | str, **options):
+    """By request: tokens, log-probabilities, why it ended, usage; and steps made by lanes."""
+    engine = Engine(
+        model, max_num_seqs=4, memory_bytes=16 << 20, speculative_tokens=drafts,
+        batch_invariant=True, **options,
+    )  # fmt: skip
+    if not lanes:
+        engine.lanes = None
+    by_lanes, step = 0, None if engine.lanes is None else engine.lanes.step
+
+    def counted(told):
+        nonlocal by_lanes
+        by_lanes += 1
+        assert step is not None
+        return step(told)
+
+    if engine.lanes is not None:
+        engine.lanes.step = counted
+    for number, wish in enumerate(WISHES):
+        params = SamplingParams(max_tokens=9 + 17 * number, stop_token_ids=(9, 77), **wish)
+        prompt = tuple(range(5 + number, 40 + 9 * number))
+        engine.add(
+            Request(id=str(number), prompt_ids=prompt, params=params, bad_ids=((3,), (4, 4)))
+        )
+    found = {str(number): ([], [], None, None) for number in range(len(WISHES))}
+    while engine.has_work:
+        for event in engine.step():
+            tokens, logprobs, _, _ = found[event.request_id]
+            tokens += event.token_ids
+            logprobs += event.logprobs
+            found[event.request_id] = (tokens, logprobs, event.finish_reason, event.usage)
+    return found, by_lanes
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False, "max_batch_tokens": 40}])
+@pytest.mark.parametrize("drafts", [0, 1, 3, "auto"])
+def test_one_call_says_what_the_general_step_says(model, drafts, options):
+    plain, none = run(model, lanes=False, drafts=drafts, **options)
+    found, by_lanes = run(model, lanes=True, drafts=drafts, **options)
+    assert none == 0
+    assert by_lanes > 20
+    for name, (tokens, logprobs, reason, usage) in plain.items():
+        assert found[name][:3] == (tokens, logprobs, reason), name
+        assert found[name][3].completion_tokens == usage.completion_tokens == len(tokens)
+        assert found[name][3].near_ties == usage.near_ties
+    assert {reason for _, _, reason, _ in plain.values()} == {"stop", "length"}
+
+
+def test_unlikely_drafts_are_not_made(model):
+    """Random weights find every token unlikely: with a bar, nothing is drafted."""
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    drafted = {}
+    for least_share in (0.0, 0.9):
+        engine = Engine(model, max_num_seqs=1, memory_bytes=8 << 20, speculative_tokens=2)
+        engine.policy.least_share = least_share
+        engine.add(Request(id="a", prompt_ids=(5, 6, 7), params=params))
+        while engine.has_work:
+            for event in engine.step():
+                drafted[least_share] = event.usage.drafted_tokens
+    assert drafted[0.0] > 10
+    assert drafted[0.9] == 0
