@@ -1,6 +1,6 @@
 """What the parts of the architecture are good for, at a size that trains in minutes.
 
-    python -m recipes.evidence [--tokens 2e6] [--record]
+    python -m recipes.evidence [--tokens 1.5e6] [--record]
 
 Seven runs of the same length on the same batches in the same order:
 
@@ -177,7 +177,9 @@ def equal_width(shape: str) -> int:
     return min(range(128, 768, 8), key=lambda width: abs(size(shape, width) - wanted))
 
 
-def recipe(shape: str = "hybrid", *, tokens: float = 2e6, mtp: str = "on", seed: int = 1) -> Recipe:
+def recipe(
+    shape: str = "hybrid", *, tokens: float = 1.5e6, mtp: str = "on", seed: int = 1
+) -> Recipe:
     """One run. ``mtp``: on, off, or late (in the last fifth only)."""
     peak, floor, from_share = 4e-3, 0.05, 0.4
     border = 0.8
@@ -193,8 +195,8 @@ def recipe(shape: str = "hybrid", *, tokens: float = 2e6, mtp: str = "on", seed:
             peak=peak, warmup=0.04, shape="linear", decay_from=from_share / border, final=at(border)
         ),
         row_tokens=ROW,
-        batch_tokens=8192,
-        micro_tokens=4096,
+        batch_tokens=4096,
+        micro_tokens=2048,
         objectives=Objectives(mtp_weights=(0.3,) if mtp == "on" else (), balance=0.0),
     )
     late = replace(
@@ -333,7 +335,7 @@ def _told(row: Mapping[str, Any]) -> str:
         f"{row['text_bits_per_byte']:.3f} bits per byte; {row['recall'][str(PAIRS[-1])]:.0%} of "
         f"{PAIRS[-1]} pairs recalled; MTP agrees {row['mtp_acceptance']:.0%}; "
         + ("" if sink is None else f"first token draws {sink:.1%} of the attention; ")
-        + f"largest activation {row['activation_max']:.0f}"
+        + f"largest activation {row['activation_max']:.1f}"
     )
 
 
@@ -378,12 +380,12 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     mtp.set(title="MTP guesses that the model agrees with (teacher forced)", ylim=(0, 1))
     with_attention = [n for n in names if n != "delta" and "MTP" not in n]
     bars(sink, with_attention, "first_token_mass")
-    sink.set_title("Attention to the first token (queries from 64 on), and largest activation")
+    sink.set_title("Attention to the first token; largest activation", fontsize=11)
     for at, name in enumerate(with_attention):
         best = max(row["activation_max"] for row in rows if row["variant"] == name)
-        sink.annotate(f"max {best:.0f}", (at, 0), xytext=(0, 6), textcoords="offset points",
+        sink.annotate(f"max {best:.1f}", (at, 0), xytext=(0, 6), textcoords="offset points",
                       ha="center", fontsize=8)  # fmt: skip
-    sink.set_ylim(bottom=0)
+    sink.set_ylim(0, 1.15 * max(r["first_token_mass"] or 0 for r in rows) + 1e-6)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -394,7 +396,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    parser.add_argument("--tokens", type=float, default=2e6, help="of each run")
+    parser.add_argument("--tokens", type=float, default=1.5e6, help="of each run")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))

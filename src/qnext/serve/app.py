@@ -8,6 +8,7 @@ sockets and the banner in ``server.py``.
 import contextlib
 import logging
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -47,6 +48,7 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
+SWITCH_S = 0.0005
 ENCODERS = 2
 """Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
@@ -142,11 +144,15 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        # The event loop has little to do at a time, and must not wait long for the engine's thread.
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         self.worker.start()
         try:
             yield
         finally:
             await run_in_threadpool(self.worker.stop)
+            sys.setswitchinterval(before)
 
     # -- generating ------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from qnext.serve.worker import Worker
 BACKLOG = 1024
 DRAIN_S = 30.0
 """Answers that are being written when the server is told to stop get this long to end."""
-SWITCH_S = 0.001
 SHUTDOWN_S = 5
 """Time for what is left after that: to say why answers ended, and to close connections."""
 
@@ -121,8 +120,6 @@ def serve(llm: LLM, listener: socket.socket, serving: Serving | None = None) -> 
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     server = _Server(config, app.state.worker, serving.drain_s)
-    # The event loop must not wait long for the engine's thread: it has only little to do at a time.
-    sys.setswitchinterval(SWITCH_S)
     print(banner(llm, listener, serving), flush=True)
     server.run(sockets=[listener])
     return 0 if server.started else 1
@@ -151,14 +148,18 @@ def banner(llm: LLM, listener: socket.socket, serving: Serving | None = None) ->
         f"{str(llm.model.dtype).removeprefix('torch.')} on {llm.model.device}",
         f"  context   {llm.max_model_len:,} tokens; the cache holds {tokens:,} tokens of up to "
         f"{engine.scheduler.num_slots} requests, and {engine.prefix.num_slots} prefixes",
-        *(f"  kernels   {name}: {', '.join(ops)}" for name, ops in by_backend.items()),
+        *(
+            f"  weights   {name}" if ops == ["weights"] else f"  kernels   {name}: {', '.join(ops)}"
+            for name, ops in by_backend.items()
+        ),
         f"  drafting  {'none' if drafts == 0 else f'{drafts} tokens per step of the MTP head'}",
         f"  limits    {serving.limits.max_waiting} requests may wait; "
         + ("no time limit" if timeout is None else f"{timeout:g} s per answer"),
         f"  access    {keys}; "
         + (f"pages of {', '.join(serving.origins)}" if serving.origins else "no other web sites"),
         f"  page      {url}/",
-        f"  API       {url}/v1 (chat/completions, completions, models), {url}/health",
+        f"  API       {url}/v1 (chat/completions, completions, responses, messages, models)",
+        f"            {url}/openapi.json, {url}/health, {url}/metrics",
         "",
         "Ctrl-C stops it.",
     ]

@@ -58,6 +58,8 @@ class Position:
     """Steps done, left-out ones included."""
     stage: int = 0
     stage_step: int = 0
+    entered: bool = False
+    """Whether the stage has been announced and its report made."""
     tokens: int = 0
     """Without padding."""
     seconds: float = 0.0
@@ -171,9 +173,10 @@ class Trainer:
 
     def _run_stage(self) -> bool:
         at, stage = self.position, self.recipe.stages[self.position.stage]
-        if at.stage_step == 0:
+        if at.stage_step == 0 and not at.entered:
             self._event("stage", stage=stage.name, steps=at.plan[at.stage], tokens=at.tokens)
             self._report("before")
+            at.entered = True
         while at.stage_step < at.plan[at.stage]:
             if self._stop.is_set():
                 return False
@@ -193,7 +196,7 @@ class Trainer:
         """Go over to the next stage, or to the end, and save at the border."""
         at = self.position
         done = self.recipe.stages[at.stage]
-        at.stage, at.stage_step = at.stage + 1, 0
+        at.stage, at.stage_step, at.entered = at.stage + 1, 0, False
         self.flagged = False
         if at.stage < len(self.recipe.stages):
             self._apply_stage()
