@@ -1,6 +1,7 @@
 """From files to shards to packed batches, and back to the same tokens."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -156,6 +157,17 @@ def test_batches_are_a_function_of_the_step_alone(prepared: Path) -> None:
             assert x.cu_seqlens == y.cu_seqlens
     different = mixture(prepared, stage=2).micro_batches(0)[0]
     assert different.ids.tolist() != one.micro_batches(0)[0].ids.tolist()
+
+
+def test_data_prepared_again_does_not_reach_an_open_run(prepared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    expected = [batch.ids.tolist() for batch in mixture(copy).micro_batches(1)]
+    opened = mixture(copy)
+    for name in "abc":
+        shutil.rmtree(copy / "train" / name)
+        shutil.copytree(prepared / "train" / "c", copy / "train" / name)
+    assert [batch.ids.tolist() for batch in opened.micro_batches(1)] == expected
 
 
 def test_an_epoch_holds_every_token_of_a_source_once(prepared: Path) -> None:

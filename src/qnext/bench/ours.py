@@ -196,28 +196,29 @@ class OurSession:
 
 
 class _Timed:
-    """A native decoder that counts the time spent inside its steps."""
+    """The native module; counts the time spent inside its steps."""
 
-    def __init__(self, decoder: Any) -> None:
-        self._decoder, self.seconds = decoder, 0.0
+    def __init__(self, module: Any) -> None:
+        self._module, self.seconds = module, 0.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
+        return getattr(self._module, name)
 
-    def forward(self, **arguments: Any) -> None:
+    def advance(self, *arguments: Any) -> Any:
         start = time.perf_counter()
-        self._decoder.forward(**arguments)
+        found = self._module.advance(*arguments)
         self.seconds += time.perf_counter() - start
+        return found
 
 
 def time_outside(subject: Subject, *, steps: int) -> float:
     """Share of a greedy decode step of the engine that is spent outside the native call.
 
-    Scheduling, sampling, book-keeping: everything from one native step to the next.
+    Scheduling and book-keeping: everything from one native step to the next.
     """
-    plain = subject.model.decoder
+    plain = subject.model.module
     timed = _Timed(plain)
-    subject.model.decoder = timed
+    subject.model.module = timed
     try:
         engine = Engine(
             subject.model,
@@ -236,7 +237,7 @@ def time_outside(subject: Subject, *, steps: int) -> float:
         total = time.perf_counter() - start
         engine.close()
     finally:
-        subject.model.decoder = plain
+        subject.model.module = plain
     return 1.0 - timed.seconds / total
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from qnext.ops.contracts import Impl, only_for_gradients
 from qnext.ops.elementwise import elementwise_invariant
 from qnext.ops.gather import take_rows
-from qnext.ops.linear import ROW_BLOCK, only_float32
+from qnext.ops.linear import ROW_BLOCK, only_some_dtypes
 from qnext.ops.segments import Segments
 
 
@@ -217,12 +217,12 @@ IMPLS = {
     "attention": (
         Impl(backend="training", load=lambda: attention_training, unfit=only_for_gradients),
         Impl(backend="torch", load=lambda: attention_torch),
-        Impl(backend="invariant", load=lambda: attention_invariant, unfit=only_float32),
+        Impl(backend="invariant", load=lambda: attention_invariant, unfit=only_some_dtypes),
         Impl(backend="reference", load=lambda: attention_reference),
     ),
     "attention_paged": (
         Impl(backend="torch", load=lambda: attention_paged_torch),
-        Impl(backend="invariant", load=lambda: attention_paged_invariant, unfit=only_float32),
+        Impl(backend="invariant", load=lambda: attention_paged_invariant, unfit=only_some_dtypes),
         Impl(backend="reference", load=lambda: attention_paged_reference),
     ),
 }

@@ -19,7 +19,7 @@ def linear_invariant(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """The library's product on a padded number of rows.
 
     The library chooses its algorithm by the number of rows, and for few rows sums in another
-    order. From ``ROW_BLOCK`` rows on, in float32, it does not; the padding rows are cut off again.
+    order. From ``ROW_BLOCK`` rows on it does not; the padding rows are cut off again.
     """
     rows = x.flatten(0, -2)
     missing = -rows.shape[0] % ROW_BLOCK
@@ -27,10 +27,10 @@ def linear_invariant(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return F.linear(padded, weight, bias)[: rows.shape[0]].unflatten(0, x.shape[:-1])
 
 
-def only_float32(spec: OpSpec) -> str | None:
+def only_some_dtypes(spec: OpSpec) -> str | None:
     """Why an invariant form does not fit, if so."""
-    if spec.dtype != torch.float32:
-        return f"rows are independent of each other in float32 only, not in {spec.dtype}."
+    if spec.dtype not in (torch.float32, torch.bfloat16):
+        return f"rows are independent in float32 and bfloat16 only, not in {spec.dtype}."
     if spec.device != "cpu":
         return f"it was made for the CPU, not for {spec.device}."
     return None
@@ -50,7 +50,7 @@ class Projection(nn.Linear):
 IMPLS = {
     "linear": (
         Impl(backend="torch", load=lambda: linear_torch),
-        Impl(backend="invariant", load=lambda: linear_invariant, unfit=only_float32),
+        Impl(backend="invariant", load=lambda: linear_invariant, unfit=only_some_dtypes),
         Impl(backend="reference", load=lambda: linear_torch),
     ),
 }

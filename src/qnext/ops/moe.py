@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from qnext.ops.contracts import Elementwise, Impl, Linear, only_for_gradients
 from qnext.ops.elementwise import elementwise_invariant, elementwise_torch
-from qnext.ops.linear import linear_invariant, linear_torch, only_float32
+from qnext.ops.linear import linear_invariant, linear_torch, only_some_dtypes
 
 
 def experts_reference(
@@ -206,7 +206,7 @@ IMPLS = {
     "experts": (
         Impl(backend="training", load=lambda: experts_training, unfit=only_for_gradients),
         Impl(backend="torch", load=lambda: experts_torch),
-        Impl(backend="invariant", load=lambda: experts_invariant, unfit=only_float32),
+        Impl(backend="invariant", load=lambda: experts_invariant, unfit=only_some_dtypes),
         Impl(backend="reference", load=lambda: experts_reference),
     ),
 }

@@ -63,6 +63,8 @@ class Mixture:
         for name, shard in used.items():
             if not len(shard):
                 raise DataError(f"shard {name} of {self.folder} has no documents.")
+            # Mapped now: data prepared again meanwhile does not reach a run that has begun.
+            assert len(shard.ids) == len(shard.weights) == shard.tokens, name
             if shard.description["id_limit"] > need.vocab_size:
                 raise DataError(
                     f"shard {name} has ids up to {shard.description['id_limit']} and the model's "

@@ -42,7 +42,7 @@ def load_decoder(
     does not. ``quantization`` (``int8``, ``int4`` or the bits of every part) packs the weights of
     an unpacked folder while it is read; that and packed folders are what the native kernels are
     for, PyTorch unpacks them to ``dtype``. With ``batch_invariant`` a token's numbers depend on
-    the tokens before it alone; PyTorch can promise that in float32 only.
+    the tokens before it alone; PyTorch can promise that in float32 and bfloat16.
 
     Raises BackendError when what was asked for cannot run here, CheckpointError and ConfigError for
     the folder.
@@ -94,9 +94,9 @@ def load_decoder(
 
 
 def _invariant_ops(name: str, device: str) -> Ops:
-    if name != "float32":
+    if name not in ("float32", "bfloat16"):
         raise BackendError(
-            f"batch_invariant needs dtype='float32' on PyTorch, found {name!r}: in other dtypes "
-            "the rows of a batch are not independent there."
+            f"batch_invariant needs float32 or bfloat16 on PyTorch, found {name!r}: in other "
+            "dtypes the rows of a batch are not independent there."
         )
-    return select(OpSpec(device=device), prefer=invariant())
+    return select(OpSpec(dtype=getattr(torch, name), device=device), prefer=invariant())
