@@ -26,9 +26,9 @@ def llm(request, tiny_folder):
 
 def params_for(llm: LLM, seed: int, budget: int | None) -> SamplingParams:
     # A random model has no reason to close what it has opened.
-    closing = {llm.tokenizer.id_of(text): 7.0 for text in ('"', "}", "]", ",")}
+    closing = {llm.tokenizer.id_of(text): 9.0 for text in ('"', "}", "]", ",")}
     return SamplingParams(
-        temperature=1.0, seed=seed, max_tokens=380, logit_bias=closing, thinking_budget=budget,
+        temperature=1.0, seed=seed, max_tokens=480, logit_bias=closing, thinking_budget=budget,
         structured_outputs=StructuredOutputs(json_schema=schema(seed)),
     )  # fmt: skip
 

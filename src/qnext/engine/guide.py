@@ -103,6 +103,11 @@ class Guide:
         self._frames = [Frame(self.rules.regions.start())]
         self._answer = self.rules.answer.begin() if self.rules.answer else None
         self._fixed: dict[tuple[int, ...], np.ndarray] = {}
+        # End tokens stay as the grammar has them: they say that it may end.
+        full = np.full(-(-self.rules.vocab_size // 32), 0xFFFFFFFF, dtype=np.uint32)
+        _set(full, self.rules.control_ids, False)
+        _set(full, self.rules.end_ids, True)
+        self._text_only = full
 
     @property
     def state(self) -> State:
@@ -275,9 +280,7 @@ class Guide:
     def _filled(self, matcher: Matcher) -> np.ndarray:
         words = np.zeros(-(-self.rules.vocab_size // 32), dtype=np.uint32)
         problem = matcher.fill(words)
-        ends = [token for token in self.rules.end_ids if _has(words, token)]
-        _set(words, self.rules.control_ids, False)
-        _set(words, ends, True)
+        words &= self._text_only
         if problem is not None or not words.any():
             self.failed = self.failed or problem or "the grammar allows nothing"
             _set(words, self.rules.end_ids, True)

@@ -47,7 +47,9 @@ class GrammarMatcher:
         Where the text may end the end tokens are among them. Returns why it cannot, if the grammar
         has become too complex to follow.
         """
-        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        # words.ctypes would cost as much as many a mask.
+        address: int = words.__array_interface__["data"][0]
+        self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
         return self._matcher.get_error() or None
 
     def consume(self, token: int) -> bool:
