@@ -22,6 +22,8 @@ from qnext.llm import LLM
 MAX_WAITING = 256
 """Requests that may wait for a place in the engine."""
 MAX_RETRY_S = 60
+HAND_OVER_S = 0.003
+"""The event loop is woken no more often: of quick steps, several are handed over at once."""
 
 
 class EngineStopped(QnextError):
@@ -154,6 +156,9 @@ class Worker:
         """Requests accepted and not ended; guarded by the mutex, as is the next."""
         self._usual_s = 1.0
         """How long a request took lately, on average."""
+        self._pending: list[tuple[Job, Item]] = []
+        """What the event loop has not been given yet."""
+        self._handed_over = 0.0
         self.draining = False
         self.generated = 0
         """Tokens of answers, those of unfinished ones included."""
@@ -238,6 +243,7 @@ class Worker:
         finally:
             # Also after an exception, which the thread then reports: nobody must wait for ever.
             self._stopped.set()
+            self._deliver(self._pending)
             self._deliver([(job, EngineStopped("the server stopped.")) for job in self._left()])
             self._jobs.clear()
             self.load = Load()
@@ -308,11 +314,21 @@ class Worker:
                 continue
             results.append((job, (index, delta)))
             if delta.finish_reason is not None:
+                self._handed_over = 0.0  # an answer that is complete is not kept back
                 self._llm.ended(reader, delta.finish_reason)
                 del self._jobs[event.request_id]
                 self._forget(delta.finish_reason)
                 self._usual_s += 0.1 * (time.monotonic() - job.begun - self._usual_s)
+        self._pending += results
+        now = time.monotonic()
+        if now - self._handed_over >= HAND_OVER_S or not self._llm.engine.has_work:
+            self._hand_over(now)
+
+    def _hand_over(self, now: float) -> None:
+        """Give the event loop what has come since it was last woken."""
+        self._handed_over = now
         self.load = self._look()
+        results, self._pending = self._pending, []
         self._deliver(results)
 
     def _deliver(self, results: list[tuple[Job, Item]]) -> None:
