@@ -257,6 +257,8 @@ def main() -> None:
         return
     keep_freed_memory()
     result, dtypes = _speed(args)
+    for row in result:
+        print(f"{row['what']}: {row['value']}  ({row['conditions']})", flush=True)
     ours, theirs = (_measured_peak(name, dtypes[name]) for name in ("qnext", "transformers"))
     result.append(
         {
@@ -268,8 +270,7 @@ def main() -> None:
             f"{dtypes['qnext']}, {dtypes['transformers']}",
         }
     )
-    for row in result:
-        print(f"{row['what']}: {row['value']}  ({row['conditions']})")
+    print("{what}: {value}  ({conditions})".format(**result[-1]))
     if args.record:
         write_result("train_speed", "Training", result)
 
