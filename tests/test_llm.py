@@ -383,3 +383,14 @@ def test_a_pending_call_of_a_tool_prepares_nothing(folder):
     assert reader.answer() == {"role": "assistant", "content": text}
     llm.ended(reader, "length")
     assert llm.unprepared == 0
+
+
+def test_conversations_answered_together_are_answered_as_alone(llm):
+    asked = [[{"role": "user", "content": text}] for text in ("Hello", "Tell me a story")]
+    params = [SamplingParams(temperature=0.0, max_tokens=5 + number) for number in range(2)]
+    together = llm.chat(asked, params)
+    alone = [llm.chat(one, own) for one, own in zip(asked, params, strict=True)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert [len(one.token_ids) for one in together] == [5, 6]
+    with pytest.raises(RequestError, match="one per prompt"):
+        llm.chat(asked, params[:1])

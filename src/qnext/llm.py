@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from tqdm import tqdm
@@ -324,13 +324,7 @@ class LLM:
             self.choices(*self.prepare_text(prompt, one))  # type: ignore[arg-type]
             for prompt, one in zip(several, self._per_prompt(params, len(several)), strict=True)
         ]
-        if progress is None:
-            progress = len(prepared) > 1 and sys.stderr.isatty()
-        with self._submitted([pair for pairs in prepared for pair in pairs]) as names:
-            left = iter(names)
-            groups = [[next(left) for _ in pairs] for pairs in prepared]
-            bar = tqdm(groups, desc="generate", unit="prompt", disable=not progress)
-            return [self._gather(choices) for choices in bar]
+        return self._answers(prepared, thinks=False, bar="generate", progress=progress)
 
     def score(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[Score]:
         """Log-probability of every token of each text, given the tokens before it."""
@@ -346,6 +340,7 @@ class LLM:
                 scores.append(Score(token_ids=request.prompt_ids, logprobs=logprobs))
         return scores
 
+    @overload
     def chat(
         self,
         messages: Sequence[Message],
@@ -356,8 +351,39 @@ class LLM:
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         strict: bool | None = None,
-    ) -> Completion:
+        progress: bool | None = None,
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
+        progress: bool | None = None,
+    ) -> list[Completion]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        strict: bool | None = None,
+        progress: bool | None = None,
+    ) -> Completion | list[Completion]:
         """Answer a conversation: messages are dicts with ``role`` and ``content``.
+
+        A list of conversations is answered together; then ``params`` may be one for all or one
+        per conversation, and a list of answers comes back.
 
         ``tools`` are functions as OpenAI lists them. ``tool_choice`` is "auto", "none", "required"
         (at least one call) or ``{"name": ...}`` (that function). ``parallel_tool_calls=False``
@@ -365,20 +391,20 @@ class LLM:
         function's own ``strict``, and binds those of a required call. Raises RequestError for what
         cannot be enforced, before anything is generated.
         """
+        several = bool(messages) and all(isinstance(one, (list, tuple)) for one in messages)
+        asked = cast("Sequence[Sequence[Message]]", messages if several else [messages])
         params = params or self.default_params(max_tokens=None)
-        pairs = self.choices(
-            *self.prepare_chat(
-                messages,
-                params,
-                enable_thinking=enable_thinking,
-                tools=tools,
-                tool_choice=tool_choice,
-                parallel_tool_calls=parallel_tool_calls,
-                strict=strict,
+        prepared = [
+            self.choices(
+                *self.prepare_chat(
+                    conversation, one, enable_thinking=enable_thinking, tools=tools,
+                    tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, strict=strict,
+                )
             )
-        )
-        with self._submitted(pairs) as names:
-            return self._gather(names, thinks=True)
+            for conversation, one in zip(asked, self._per_prompt(params, len(asked)), strict=True)
+        ]  # fmt: skip
+        answers = self._answers(prepared, thinks=True, bar="chat", progress=progress)
+        return answers if several else answers[0]
 
     def stream(
         self,
@@ -417,6 +443,23 @@ class LLM:
                 other = replace(first, id=f"request-{next(self._numbers)}", choice=choice)
                 pairs.append((other, reader.alike(other)))
         return pairs
+
+    def _answers(
+        self,
+        prepared: Sequence[Sequence[tuple[Request, TextReader]]],
+        *,
+        thinks: bool,
+        bar: str,
+        progress: bool | None,
+    ) -> list[Completion]:
+        """One completion per prompt; ``prepared`` holds the requests of each."""
+        if progress is None:
+            progress = len(prepared) > 1 and sys.stderr.isatty()
+        with self._submitted([pair for pairs in prepared for pair in pairs]) as names:
+            left = iter(names)
+            groups = [[next(left) for _ in pairs] for pairs in prepared]
+            shown = tqdm(groups, desc=bar, unit="prompt", disable=not progress)
+            return [self._gather(choices, thinks=thinks) for choices in shown]
 
     def _gather(self, names: Sequence[str], *, thinks: bool = False) -> Completion:
         """The answers to one prompt: the first, with the others attached."""

@@ -16,17 +16,10 @@ from qnext.errors import RequestError
 from qnext.text.chat import ChatTemplate, opens_thinking
 from qnext.text.grammar import CompiledGrammar, GrammarCompiler
 from qnext.text.output import ToolFormat
-from qnext.text.parse import THINK_CLOSE, THINK_OPEN, TOOL_OPEN
+from qnext.text.parse import STOP_THINKING, THINK_CLOSE, THINK_OPEN, TOOL_CLOSE, TOOL_OPEN
 from qnext.text.tokenizer import Tokenizer
 from qnext.text.tool_grammar import Tool, call_rules, read_tools
 
-TOOL_CLOSE = "</tool_call>"
-STOP_THINKING = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
-    "thinking directly now.\n</think>\n\n"
-)
-"""Inserted when the thinking budget is used up: the sentence of the Qwen3 report, as the official
-documentation spells it (arXiv 2505.09388, section 4.3; QwenLM/Qwen3, thinking_budget.md)."""
 MAX_NEWLINES = 2
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from qnext.cli import main
-from qnext.data.chats import BUDGET_END, Chat, ChatEncoder
+from qnext.data.chats import Chat, ChatEncoder
 from qnext.data.licences import Licence
 from qnext.data.prepare import Document, Plan, Source, prepare
 from qnext.data.shards import Shard, open_shards
 from qnext.errors import DataError
 from qnext.text.chat import ChatTemplate
+from qnext.text.parse import STOP_THINKING
 from qnext.text.tokenizer import Tokenizer
 from qnext.train.mixture import Mixture, PackedMixture, Piece, pack
 from qnext.weights.folder import resolve_model
@@ -290,7 +291,7 @@ def test_a_cut_think_block_teaches_the_answer_only(encoder: ChatEncoder) -> None
     [sample] = encoder.samples(chat)
     assert judged(encoder, chat) == ["5.<|im_end|>"]
     text = encoder.tokenizer.decode(sample.ids)
-    assert text.endswith("<think>\ntwo and" + BUDGET_END + "5.<|im_end|>")
+    assert text.endswith("<think>\ntwo and" + STOP_THINKING + "5.<|im_end|>")
 
 
 def test_everything_said_can_be_judged(encoder: ChatEncoder) -> None:

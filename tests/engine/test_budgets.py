@@ -6,7 +6,7 @@ import pytest
 
 from qnext import LLM, SamplingParams
 from qnext.errors import RequestError
-from qnext.rules import STOP_THINKING
+from qnext.text.parse import STOP_THINKING
 
 SLICE, MANY = 64, 1_000
 BATCH = 16

@@ -9,11 +9,12 @@ from recipes.mini import corpora, lessons, model_card
 
 from qnext.config import ModelConfig
 from qnext.cost import parameters
-from qnext.data.chats import BUDGET_END, ChatEncoder
+from qnext.data.chats import ChatEncoder
 from qnext.data.generate.exercise import is_held_out
 from qnext.data.prepare import checked_sources
 from qnext.errors import DataError
 from qnext.text.chat import ChatTemplate
+from qnext.text.parse import STOP_THINKING
 from qnext.text.tokenizer import Tokenizer
 from qnext.weights.folder import resolve_model
 from recipes import qnext_mini
@@ -69,7 +70,7 @@ def test_modes_are_mixed(encoder: ChatEncoder) -> None:
     assert 0.02 < len(cut) / len(made) < 0.09
     for chat in cut:
         [sample] = encoder.samples(chat)
-        assert BUDGET_END not in sample.judged
+        assert STOP_THINKING not in sample.judged
     asked = " ".join(str(chat.messages[-2]["content"]) for chat in made)
     assert "/think" in asked
     direct, _ = lessons.LESSONS["sums_direct_chat"]

@@ -15,15 +15,10 @@ from typing import Any, Literal
 
 from qnext.errors import DataError
 from qnext.text.chat import ChatTemplate
+from qnext.text.parse import STOP_THINKING
 from qnext.text.tokenizer import Tokenizer
 
 Learn = Literal["assistant", "answer", "everything"]
-
-BUDGET_END = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
-    "thinking directly now.\n</think>\n\n"
-)
-"""What ends a think block whose budget is spent; the family's sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +39,8 @@ class Chat:
     drop_thinking: bool = False
     """Leave out reasoning the messages hold; the think block stays and is empty."""
     cut_thinking: str | None = None
-    """What was thought before a budget cut the last turn's think block; ``BUDGET_END`` follows."""
+    """What was thought before a budget ended the last turn's reasoning; ``STOP_THINKING`` follows.
+    """
 
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].get("role") != "assistant":
@@ -117,7 +113,7 @@ class ChatEncoder:
         if chat.cut_thinking is not None and len(messages) == len(chat.messages):
             # Piece by piece, as an engine puts them together: no token spans two of them.
             answer = messages[-1]["content"] + "<|im_end|>"
-            parts = ("<think>\n", chat.cut_thinking, BUDGET_END, answer)
+            parts = ("<think>\n", chat.cut_thinking, STOP_THINKING, answer)
             written = [token for part in parts for token in self.tokenizer.encode(part)]
             return prompt + written, len(prompt)
         whole = self._encode(messages, chat, prompt=False)

@@ -5,7 +5,6 @@ from random import Random
 from typing import Any
 
 from qnext.answers import Completion
-from qnext.data.chats import BUDGET_END
 from qnext.data.generate import arithmetic, reasoning
 from qnext.data.generate.exercise import Exercise, is_held_out
 from qnext.data.generate.tools import tool_task
@@ -101,48 +100,21 @@ def problems(count: int) -> dict[str, list[Exercise]]:
 
 
 def budget_curve(llm: LLM, count: int) -> dict[str, Any]:
-    """Accuracy when thinking is cut after so many tokens, as an engine does it.
-
-    The whole trace is generated once; a budget cuts it, the closing sentence follows, and the
-    answer is generated from there. Greedy decoding makes that the same as cutting while it runs.
-    """
+    """Accuracy when thinking may take so many tokens; the engine ends it there."""
     rng = Random(f"{SEED}/budget")
     made = [
         *held_out_sums("add", (3, 3), count), *held_out_sums("subtract", (3, 3), count),
         *held_out_sums("multiply", (2, 2), count),
         *(reasoning.word_problem(rng, held_out=True) for _ in range(count)),
     ]  # fmt: skip
-    opening = "<think>\n"
-    prompts = [
-        llm.template.encode([{"role": "user", "content": one.question}], llm.tokenizer)
-        + llm.tokenizer.encode(opening)
-        for one in made
-    ]
-    close = llm.tokenizer.id_of("</think>")
-    whole = llm.generate(
-        prompts, SamplingParams(temperature=0.0, max_tokens=LONGEST), progress=False
-    )
-    ending = llm.tokenizer.encode(BUDGET_END)
     points = []
     for budget in (*BUDGETS, None):
-        right: list[bool | None] = [None] * len(made)
-        cut: list[int] = []
-        for at, (one, answer) in enumerate(zip(made, whole, strict=True)):
-            ids = list(answer.token_ids)
-            natural = ids.index(close) if close in ids else None
-            if budget is None or (natural is not None and natural <= budget):
-                right[at] = natural is not None and one.right(said(answer))
-            else:
-                cut.append(at)
-        continued = llm.generate(
-            [prompts[at] + list(whole[at].token_ids[:budget]) + ending for at in cut],
-            SamplingParams(temperature=0.0, max_tokens=40),
-            progress=False,
-        ) if cut else []  # fmt: skip
-        for at, answer in zip(cut, continued, strict=True):
-            right[at] = made[at].right(answer.text)
-        result = share([bool(mark) for mark in right])
-        points.append({"budget": budget, "cut": len(cut), **result})
+        params = SamplingParams(temperature=0.0, max_tokens=LONGEST, thinking_budget=budget)
+        asked = [[{"role": "user", "content": one.question}] for one in made]
+        answers = llm.chat(asked, params, enable_thinking=True, progress=False)
+        right = [one.right(answer.text) for one, answer in zip(made, answers, strict=True)]
+        cut = sum(answer.usage.reasoning_was_cut for answer in answers)
+        points.append({"budget": budget, "cut": cut, **share(right)})
     return {"points": points, "items": len(made)}
 
 

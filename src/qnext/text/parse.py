@@ -14,6 +14,12 @@ from qnext.text.calls.parts import Kind, Piece
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 TOOL_OPEN, TOOL_CLOSE = "<tool_call>", "</tool_call>"
+STOP_THINKING = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    "thinking directly now.\n</think>\n\n"
+)
+"""Inserted when the thinking budget is used up: the sentence of the Qwen3 report, as the official
+documentation spells it (arXiv 2505.09388, section 4.3; QwenLM/Qwen3, thinking_budget.md)."""
 
 
 class ReasoningParser:
