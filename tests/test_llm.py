@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qnext import LLM, SamplingParams, load_model, save_model
-from qnext.answers import Conversation
+from qnext.answers import Conversation, Delta
 from qnext.engine.request import Event, Request, Usage
 from qnext.errors import RequestError, TokenizerError
 from qnext.llm import TextReader, parse_bytes
+from qnext.text.calls.parts import merged
 from qnext.text.tokenizer import Tokenizer
 
 SENTENCES = [
@@ -394,3 +398,19 @@ def test_conversations_answered_together_are_answered_as_alone(llm):
     assert [len(one.token_ids) for one in together] == [5, 6]
     with pytest.raises(RequestError, match="one per prompt"):
         llm.chat(asked, params[:1])
+
+
+@given(cuts=st.sets(st.integers(0, 40)))
+def test_joined_deltas_say_what_the_single_ones_say(llm, cuts):
+    params = SamplingParams(temperature=0.0, max_tokens=30, logprobs=1)
+    deltas = list(llm.stream("Once upon a time", params))
+    places = [0, *sorted(cut for cut in cuts if 0 < cut < len(deltas)), len(deltas)]
+    fewer = [Delta.joined(deltas[a:b]) for a, b in pairwise(places)]
+    assert "".join(one.text for one in fewer) == "".join(one.text for one in deltas)
+    for name in ("token_ids", "logprobs"):
+        together = [item for one in fewer for item in getattr(one, name)]
+        assert together == [item for one in deltas for item in getattr(one, name)], name
+    parts = merged(part for one in fewer for part in one.parts)
+    assert parts == merged(part for one in deltas for part in one.parts)
+    assert [one.finish_reason for one in fewer] == [None] * (len(fewer) - 1) + ["length"]
+    assert fewer[-1].usage == deltas[-1].usage

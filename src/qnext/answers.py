@@ -10,7 +10,7 @@ from typing import Any
 
 from qnext.engine.regions import Regions
 from qnext.engine.request import EndedBy, Event, FinishReason, Request, TokenLogprobs, Usage
-from qnext.text.calls.parts import Part, Piece, ToolCall, assemble
+from qnext.text.calls.parts import Part, Piece, ToolCall, assemble, merged
 from qnext.text.output import OutputParser, ToolFormat
 from qnext.text.parse import StopMatcher
 from qnext.text.tokenizer import Detokenizer, Tokenizer
@@ -46,6 +46,21 @@ class Delta:
     """What exactly ended the answer; None until the last delta."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    @classmethod
+    def joined(cls, deltas: "Sequence[Delta]") -> "Delta":
+        """One delta that says what these, of one request and in order, say together."""
+        if len(deltas) == 1:
+            return deltas[0]
+        return replace(
+            deltas[-1],
+            text="".join([one.text for one in deltas]),
+            reasoning="".join([one.reasoning for one in deltas]),
+            parts=tuple(merged([part for one in deltas for part in one.parts])),
+            token_ids=tuple([token for one in deltas for token in one.token_ids]),
+            logprobs=tuple([found for one in deltas for found in one.logprobs]),
+            prompt_logprobs=tuple([found for one in deltas for found in one.prompt_logprobs]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,11 +75,12 @@ class Job:
     async def batches(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """What the requests produce, as it is produced: (choice, delta), whatever has arrived.
 
-        The last delta of every choice has a finish reason. Raises EngineStopped or TimedOut.
+        What arrived of one choice is one delta: of quick steps, several tokens leave together. The
+        last delta of every choice has a finish reason. Raises EngineStopped or TimedOut.
         """
         while self._left:
             await self._wait()
-            batch: list[tuple[int, Delta]] = []
+            batch: dict[int, list[Delta]] = {}
             while self._arrived:
                 item = self._arrived.popleft()
                 if isinstance(item, QnextError):
@@ -88,9 +89,10 @@ class Job:
                         break
                     raise item
                 assert item is not None, "accepted twice"
-                batch.append(item)
-                self._left -= item[1].finish_reason is not None
-            yield batch
+                choice, delta = item
+                batch.setdefault(choice, []).append(delta)
+                self._left -= delta.finish_reason is not None
+            yield [(choice, Delta.joined(deltas)) for choice, deltas in batch.items()]
 
     def cancel(self) -> None:
         """Take the requests out of the engine at its next step; harmless when they have ended."""
