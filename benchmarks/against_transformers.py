@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.harness import interleaved, ratio, write_result
 from qnext import LLM, SamplingParams, load_model, save_model
 from qnext.model.model import CausalLM
+from qnext.ops import OpSpec, select
 
 PROMPT = "Once upon a time there was a small fox who lived near the river. "
 
@@ -33,7 +34,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     ours = LLM(args.model, dtype=args.dtype, threads=args.threads, prefix_cache=False)
-    trained = load_model(args.model, dtype=args.dtype)
+    kernels = select(OpSpec(dtype=getattr(torch, args.dtype), grad=True))
+    trained = load_model(args.model, dtype=args.dtype, ops=kernels)
     print("; ".join(ours.model.kernels))
     with tempfile.TemporaryDirectory() as folder:
         save_model(load_model(args.model), folder)

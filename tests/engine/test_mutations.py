@@ -430,7 +430,8 @@ def test_hypothesis_finds_it_too(small_limits, monkeypatch, patch):
         max_examples=200, stateful_step_count=30, phases=[Phase.generate], database=None,
         derandomize=True, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
-    with pytest.raises(AssertionError):
+    # Closing an engine that lost a request can fail as well, and then hides the first complaint.
+    with pytest.raises((AssertionError, ValueError)):
         run_state_machine_as_test(Machine, settings=quickly)
 
 

@@ -132,7 +132,7 @@ class TestMtp:
         names = [name for name in read_tensors(tmp_path / "m") if name.startswith("mtp.")]
         # Norms, fc; attention; layer norms, router, shared expert and its gate; six experts.
         assert len(names) == 4 + 6 + 2 + 1 + 4 + 6 * 3
-        loaded = load_model(tmp_path / "m")
+        loaded = load_model(tmp_path / "m", ops=model.ops)
         with torch.no_grad():
             assert torch.equal(loaded.mtp_logits(IDS), model.mtp_logits(IDS))
 

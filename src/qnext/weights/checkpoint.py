@@ -89,8 +89,8 @@ def load_model(
     ``dtype`` is that of the parameters: ``auto`` for the one in config.json, or bfloat16, float16,
     float32. ``A_log`` and ``dt_bias`` are float32 in any case. FP8 block-quantised tensors are
     dequantised, and so are packed folders (``qnext quantize``), which is said in the log. Whether
-    there is an MTP head is read off the tensors, not the config. ``ops`` chooses the kernels; left
-    out, kernels that also have gradients.
+    there is an MTP head is read off the tensors, not the config. ``ops`` chooses the kernels. Those
+    chosen without it have gradients too; ``select(OpSpec(grad=True))`` has leaner ones.
 
     The model is in evaluation mode and its parameters require gradients, as torch has it. It
     remembers its folder as ``source_folder``, so that ``save_model`` can copy the tokenizer along.
@@ -107,7 +107,7 @@ def load_model(
     wanted = _parse_dtype(dtype, config)
     place = _parse_device(device)
     config = _as_loaded(config, infos, wanted, folder)
-    ops = ops or select(OpSpec(device=place.type, dtype=wanted, grad=True))
+    ops = ops or select(OpSpec(device=place.type, dtype=wanted))
     with torch.device("meta"):
         model = CausalLM(config, ops=ops).to(wanted)
         for name, parameter in model.named_parameters():
