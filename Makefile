@@ -89,7 +89,7 @@ $(BIN)/python:
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing qnext into $(VENV) (first time only) ..."
-	$(INSTALL) -e '.[serve]'
+	$(INSTALL) -e '.[serve,structured]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -208,7 +208,7 @@ class LLM:
         else:
             ids = [int(token) for token in prompt]
         text = prompt if isinstance(prompt, str) else self.rule_book.tags_in(ids)
-        plain = params.structured_outputs is None
+        plain = params.form is None
         regions = self.rule_book.regions(text, chat=False, plain=plain)
         request = self._request(ids, params, rules=self.rule_book.rules(params, regions))
         return request, TextReader(

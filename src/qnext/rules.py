@@ -109,12 +109,12 @@ class RuleBook:
         Raises RequestError for what cannot be enforced, naming it.
         """
         use = use or ToolUse()
-        calls, wanted = use.kind(), params.structured_outputs
+        calls, wanted = use.kind(), params.form
         budget = params.thinking_budget
         plain = calls == "free" or (calls == "auto" and use.parallel and not _binds(use))
         if wanted is None and budget is None and plain:
             return None
-        if params.structured_outputs is not None and calls == "required":
+        if params.form is not None and calls == "required":
             raise RequestError(
                 "structured_outputs with a tool_choice that requires a call: the answer cannot be "
                 "both. Leave one of them out."

@@ -142,3 +142,14 @@ def test_without_the_library_the_error_says_what_to_install(tiny_folder, monkeyp
     with LLM(tiny_folder, memory="64MiB") as llm:
         assert "pip install 'qnext[structured]'" in refused(llm, regex="a")
         assert llm.generate("x", SamplingParams(max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "form", [{"regex": "a+"}, {"choice": ["a", "b"]}, {"json_schema": True}, {"grammar": "start: "}]
+)
+def test_forms_are_fields_of_sampling_parameters_too(form):
+    assert SamplingParams(**form).form == StructuredOutputs(**form)
+    with pytest.raises(RequestError, match="contradicts"):
+        SamplingParams(**form, structured_outputs=StructuredOutputs(json_object=True))
+    with pytest.raises(RequestError, match="expected one of"):
+        SamplingParams(**{"regex": "b", "choice": ["c"], **form})

@@ -94,6 +94,21 @@ class SamplingParams:
     the answer goes on. 0 ends the reasoning before it begins. None sets no limit."""
     structured_outputs: StructuredOutputs | None = None
     """The form of the answer, from behind the reasoning to its end."""
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    """Short for ``structured_outputs=StructuredOutputs(json_schema=...)``, like the next three."""
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    @property
+    def form(self) -> StructuredOutputs | None:
+        """The form of the answer, whichever way it was asked for; None for any."""
+        given = {
+            name: getattr(self, name)
+            for name in ("json_schema", "regex", "choice", "grammar")
+            if getattr(self, name) is not None
+        }
+        return StructuredOutputs(**given) if given else self.structured_outputs
 
     def __post_init__(self) -> None:
         if self.thinking_budget is not None:
@@ -108,6 +123,12 @@ class SamplingParams:
             raise RequestError(
                 "structured_outputs: expected StructuredOutputs(json_schema=..., regex=..., "
                 f"choice=..., grammar=... or json_object=True), found {self.structured_outputs!r}."
+            )
+        form = self.form
+        if self.structured_outputs is not None and form is not self.structured_outputs:
+            raise RequestError(
+                "structured_outputs: contradicts json_schema, regex, choice or grammar beside it; "
+                "give one of them."
             )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
