@@ -12,6 +12,7 @@ since it was last freed is poison: reading it fails.
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -221,6 +222,9 @@ class HashRunner:
         """Everything that was asked of this runner, in order."""
 
     # -- slots and pages -------------------------------------------------------------------------
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @property
     def slots_free(self) -> int:

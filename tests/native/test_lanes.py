@@ -1,8 +1,9 @@
 """A step of decoding in one native call says what the general step says, about everything."""
 
 import pytest
+import torch
 
-from qnext import native
+from qnext import LLM, native
 from qnext.engine.engine import Engine
 from qnext.engine.request import Request, SamplingParams
 from qnext.model.native import NativeModel
@@ -85,3 +86,20 @@ def test_unlikely_drafts_are_not_made(model):
                 drafted[least_share] = event.usage.drafted_tokens
     assert drafted[0.0] > 10
     assert drafted[0.9] == 0
+
+
+def test_pytorch_leaves_the_cores_to_the_kernels_during_a_step(tiny_folder, monkeypatch):
+    with LLM(tiny_folder, backend="native") as llm:
+        seen = []
+        step = llm.engine._step
+        monkeypatch.setattr(
+            llm.engine, "_step", lambda: (seen.append(torch.get_num_threads()), step())[1]
+        )
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            llm.generate("a", SamplingParams(temperature=0.0, max_tokens=3))
+            assert set(seen) == {1}
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)

@@ -149,10 +149,11 @@ class OurSession:
 
     def step(self) -> None:
         ids = self._ids[self._done % self.case.steps]
-        if self.case.kind == "prefill":
-            self._prefill(ids)
-        else:
-            self._decode(ids)
+        with self.runner.alone():
+            if self.case.kind == "prefill":
+                self._prefill(ids)
+            else:
+                self._decode(ids)
         self._done += 1
 
     def _decode(self, ids: list[list[int]]) -> None:

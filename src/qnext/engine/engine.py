@@ -279,6 +279,10 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one batch; returns the events of all requests that made visible progress."""
+        with self.runner.alone():
+            return self._step()
+
+    def _step(self) -> list[Event]:
         gone: list[tuple[Running, FinishReason]] = []
         for name, reason in self._cancelled.items():
             if name in self._sequences:
@@ -305,8 +309,9 @@ class Engine:
         item = None if self.has_work else self.background.plan()
         if item is None:
             return 0
-        self.runner.forward([self._work(item)])
-        self.runner.keep([item.count])
+        with self.runner.alone():
+            self.runner.forward([self._work(item)])
+            self.runner.keep([item.count])
         item.sequence.done += item.count
         item.sequence.ran += item.count
         # So that a request which interrupts finds the MTP layer's rows in place.

@@ -4,7 +4,8 @@ What the engine sees is the same; nothing is a tensor operation per layer any mo
 in Python is a few arrays that describe the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,20 @@ class NativeRunner(Runner):
     def is_behind(self, running: Sequence[Running]) -> bool:
         """Whether the MTP layer has rows of any of them to read."""
         return any(self._backlog[s.slot] for s in running if s.slot is not None)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """PyTorch works in one thread meanwhile.
+
+        Its other threads spin for milliseconds after each piece of work, on the cores that the
+        kernels' threads need: the maximum of [3, 32768] logits between two steps halves the speed.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def lane_of(self, sequence: Running) -> Any:
         """What ``advance`` knows of a sequence for as long as it keeps its slot."""

@@ -5,6 +5,7 @@ runs it, and keeps the hidden rows that the multi-token-prediction head still ha
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,10 @@ class Runner:
         )
         self.model = model
         self._set_up(cache, track_mtp=track_mtp)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """What a step runs in: the native kernels keep the cores to themselves in it."""
+        return nullcontext()
 
     def _set_up(self, cache: HybridCache, *, track_mtp: bool) -> None:
         self.cache, self.track_mtp = cache, track_mtp
