@@ -45,14 +45,22 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" $(BIN)/python -m pytest tests/native; \
 	  found=$$?; $(INSTALL) --no-deps -e . && exit $$found
 
-# Trains the embedded model again, from the corpora in DATA (see recipes/mini).
+# Trains the embedded model again, from the corpora in DATA: about two hours (recipes/qnext_mini.py).
 DATA ?= ../shared/data
+WORK = .data/qnext-mini
+RUN = runs/qnext-mini
+MINI = src/qnext/models/qnext-mini
 mini: $(VENV)/.dev
-	$(BIN)/python -m recipes.mini.data --data $(DATA)
-	$(BIN)/python -m recipes.mini.train --minutes 68 --workers 2
-	$(BIN)/python -m recipes.mini.export
-	$(BIN)/python -m recipes.mini.evaluate --data $(DATA)
-	$(BIN)/python -m recipes.mini.card
+	$(BIN)/qnext data tokenizer --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --vocab-size 6144 --out $(WORK)/tokenizer
+	$(BIN)/qnext data prepare --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --tokenizer $(WORK)/tokenizer --out $(WORK)/data
+	$(BIN)/qnext train recipes/qnext_mini.py --tokens 16.5e6 --run $(RUN)
+	$(BIN)/qnext train export $(RUN) $(WORK)/exported
+	$(BIN)/qnext quantize $(WORK)/exported $(WORK)/model --bits 8
+	mv $(WORK)/model/* $(MINI)/
+	$(BIN)/qnext train report $(RUN) --out $(MINI)/curves.png
+	$(BIN)/qnext eval mini $(MINI) --held-out $(WORK)/data/held-out --pairs $(DATA)/evals/blimp_100.jsonl.xz --out $(MINI)/evaluation.json --plots $(MINI)
+	$(BIN)/python -m recipes.mini.model_card --model $(MINI) --run $(RUN) --data $(WORK)/data --evaluation $(MINI)/evaluation.json
+	$(BIN)/python -m tools.tables
 
 # Writes the tables of README.md from docs/results; `make measure` measures them again first.
 tables: $(VENV)/.dev

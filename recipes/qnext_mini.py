@@ -4,7 +4,7 @@
         --vocab-size 6144 --out .data/qnext-mini/tokenizer
     qnext data prepare --recipe recipes/qnext_mini.py --data ../shared/data --policy +cdla \\
         --tokenizer .data/qnext-mini/tokenizer --out .data/qnext-mini/data
-    qnext train recipes/qnext_mini.py --minutes 180
+    qnext train recipes/qnext_mini.py --tokens 16.5e6
 
 Four stages: S1 general text (the MTP head joins after two fifths), S2 knowledge and worked
 problems, S3 long documents and needles at a longer rotary base, SFT lessons in both modes.

@@ -1,11 +1,7 @@
-"""The recipe of qnext-mini, the small model that ships inside the package.
+"""What the recipe of qnext-mini (``recipes/qnext_mini.py``) is made of.
 
-    python -m recipes.mini.data      corpora -> tokenizer -> packed shards in .data/mini
-    python -m recipes.mini.train     shards -> checkpoint in runs/mini
-    python -m recipes.mini.export    checkpoint -> model folder
-    python -m recipes.mini.evaluate  model folder -> measured numbers and samples
-    python -m recipes.mini.card      everything above -> model card
-
-Run from the repository root. The corpora are read from ``--data`` and are not part of the
-repository.
+``corpora``      every source with its licence: what is read, what is made by rule
+``sources``      the corpus files; ``documents`` turns their rows into texts and talks
+``lessons``      conversations for fine-tuning, in both modes
+``model_card``   the card of a trained model, and its head for the README
 """

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from recipes.mini import documents, lessons, sources
-from recipes.mini.chats import Chat as Talk
+from recipes.mini import documents, lessons, smalltalk, sources
+from recipes.mini.chats import Talk
 
 from qnext.data import reading
 from qnext.data.chats import Chat
@@ -36,22 +36,22 @@ CLASSICS = "from mlschmitt/classic-books-markdown"
 EXTRA = {
     "fiction": sources.Source(
         name="fiction", file="classics/classics_fiction.jsonl.xz", licence=DOMAIN,
-        attribution=f"novels and stories to 1927, {CLASSICS}", pretrain=1, finetune=0,
+        attribution=f"novels and stories to 1927, {CLASSICS}",
     ),
     "essays": sources.Source(
         name="essays", file="classics/classics_essays.jsonl.xz", licence=DOMAIN,
-        attribution=f"memoirs and essays to 1927, {CLASSICS}", pretrain=1, finetune=0,
+        attribution=f"memoirs and essays to 1927, {CLASSICS}",
     ),
     "maths_textbooks": sources.Source(
         name="maths_textbooks", file="openstax/openstax_math_physics.jsonl.xz",
-        licence="CC BY 4.0", attribution=OPENSTAX, pretrain=1, finetune=0,
+        licence="CC BY 4.0", attribution=OPENSTAX,
     ),
     "gsm8k": sources.Source(
         name="gsm8k", file="math_reasoning/gsm8k_train.jsonl.xz", licence="MIT",
-        attribution="GSM8K, training part, OpenAI 2021", pretrain=1, finetune=0,
+        attribution="GSM8K, training part, OpenAI 2021",
     ),
 }  # fmt: skip
-"""Corpora beside those of the first embedded model."""
+"""Corpora beside those of ``sources.py``: long texts and worked mathematics."""
 
 KINDS = (
     ("CDLA", "CDLA"), ("CC0", "CC0"), ("CC BY 4.0", "CC BY"), ("public domain", "public domain"),
@@ -82,11 +82,9 @@ def plan(data: Path, evaluation: Path | None = None) -> Plan:
     """Everything to prepare, from the corpora below ``data``."""
     made: list[Source] = []
     for entry in (*sources.SOURCES, *EXTRA.values()):
-        if not entry.file:
-            continue
-        if entry.pretrain:
+        if entry.text:
             made.append(_corpus(entry, data, documents.is_held_out))
-        if entry.finetune:
+        if entry.lessons:
             made.append(_talks(entry, data))
     for name, make in _MAKERS.items():
         made.append(_generated(name, make, MADE[name]))
@@ -115,7 +113,7 @@ def _corpus(entry: sources.Source, data: Path, held_out: Callable[[str], bool]) 
             return
         rows = sources.read_rows(entry, data)
         for one in documents.pretraining(entry, rows, SEED):
-            item = one.item if isinstance(one.item, str) else converted(one.item, "everything")
+            item = one.item if isinstance(one.item, str) else one.item.chat("everything")
             yield Document(id=one.id, item=item, held_out=held_out(one.id))
 
     return Source(
@@ -191,24 +189,11 @@ def _talks(entry: sources.Source, data: Path) -> Source:
         rng = Random(f"{SEED}/{entry.name}/modes")
         for one in documents.finetuning(entry, rows, SEED):
             assert isinstance(one.item, Talk)
-            chat = lessons.with_mode(rng, converted(one.item, "assistant"))
+            chat = lessons.with_mode(rng, one.item.chat("assistant"))
             held = documents.is_held_out(one.id)
             yield Document(id=one.id, item=chat, held_out=held, compare=False)
 
     return Source(name=f"{entry.name}_chat", licence=licence_of(entry), documents=found)
-
-
-def converted(talk: Talk, learn: str) -> Chat:
-    """A conversation of the first recipe as the data tool takes it; its last turn is taught."""
-    messages = [{"role": role, "content": content} for role, content in talk.messages]
-    if talk.reasoning:
-        messages[-1]["reasoning_content"] = talk.reasoning
-    return Chat(
-        messages=tuple(messages),
-        enable_thinking=False if talk.forced_block else None,
-        learn="everything" if learn == "everything" else "assistant",
-        turns="last",
-    )
 
 
 # -- made by rule ------------------------------------------------------------------------------
@@ -253,7 +238,7 @@ _MAKERS: dict[str, Callable[[Random], str]] = {
     "recall": _recall_text,
     "copies": _copy_text,
     "template_stories": lambda rng: stories.story(rng)[2],
-    "smalltalk": documents.smalltalk_text,
+    "smalltalk": smalltalk.smalltalk_text,
 }
 
 

@@ -10,18 +10,13 @@ from dataclasses import dataclass
 from random import Random
 
 from recipes.mini import sources
-from recipes.mini.arithmetic import arithmetic_chat, arithmetic_text
-from recipes.mini.chats import Chat, single
-from recipes.mini.smalltalk import identity, smalltalk_chat, smalltalk_text
-from recipes.mini.story_chats import story_chat
+from recipes.mini.chats import Talk, single
+from recipes.mini.smalltalk import identity
 
-from qnext.data.generate.stories import request, story, subject_of
+from qnext.data.generate.stories import request, subject_of
 
 Row = dict
-Item = str | Chat
-
-GENERATED_DOCUMENTS = {"arithmetic": 24_000, "smalltalk": 12_000, "template_stories": 9_000}
-"""How many fine-tuning chats each generator makes."""
+Item = str | Talk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +30,10 @@ class Document:
 def is_held_out(document_id: str) -> bool:
     """One story, dialogue or piece in a hundred, decided by its id alone.
 
-    Generated text and single facts are never held out: the first repeats itself, the second
-    cannot be guessed from other facts. All parts of a story go together, whichever corpus they
-    come from.
+    Single facts are never held out: they cannot be guessed from other facts. All parts of a story
+    go together, whichever corpus they come from.
     """
-    if document_id.startswith(("made/", "fact:", "factbook/sentences/")):
+    if document_id.startswith(("fact:", "factbook/sentences/")):
         return False
     key = document_id
     if document_id.startswith(("tinystories", "asp/", "pb/")):
@@ -50,19 +44,19 @@ def is_held_out(document_id: str) -> bool:
 
 
 def pretraining(entry: sources.Source, rows: list[Row], seed: int) -> Iterator[Document]:
-    """Pretraining documents of one source, in file order. Generated sources ignore ``rows``."""
+    """Pretraining documents of one source, in file order."""
     make = _PRETRAINING[entry.name]
     for document in make(entry, rows, Random(f"{seed}/{entry.name}/pretraining")):
-        if isinstance(document.item, Chat) or sources.is_clean(document.item):
+        if isinstance(document.item, Talk) or sources.is_clean(document.item):
             yield document
 
 
 def finetuning(entry: sources.Source, rows: list[Row], seed: int) -> Iterator[Document]:
-    """Fine-tuning chats of one source. Generated sources ignore ``rows``."""
+    """Fine-tuning chats of one source."""
     make = _FINETUNING[entry.name]
     for document in make(entry, rows, Random(f"{seed}/{entry.name}/finetuning")):
-        assert isinstance(document.item, Chat), document
-        if all(sources.is_clean(content) for _, content in document.item.messages):
+        assert isinstance(document.item, Talk), document
+        if all(sources.is_clean(content) for _, content in document.item.turns):
             yield document
 
 
@@ -135,7 +129,7 @@ def _dialogues(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[
     for row in rows:
         turns = _turns(row)
         if len(turns) >= 4 and sources.is_clean(" ".join(content for _, content in turns)):
-            yield Document(id=row["id"], item=Chat(messages=tuple(turns)))
+            yield Document(id=row["id"], item=Talk(turns=tuple(turns)))
 
 
 def _dialogue_windows(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
@@ -144,7 +138,7 @@ def _dialogue_windows(entry: sources.Source, rows: list[Row], rng: Random) -> It
         turns = _turns(row)
         length = 2 * rng.randint(1, 4)
         if len(turns) >= length:
-            yield Document(id=row["id"], item=Chat(messages=tuple(turns[:length])))
+            yield Document(id=row["id"], item=Talk(turns=tuple(turns[:length])))
 
 
 def _instructions(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
@@ -153,7 +147,7 @@ def _instructions(entry: sources.Source, rows: list[Row], rng: Random) -> Iterat
         size = sum(len(content) for _, content in turns)
         text = " ".join(content for _, content in turns)
         if turns and size <= 700 and all(ord(c) < 0x2000 for c in text):
-            yield Document(id=row["id"], item=Chat(messages=tuple(turns)))
+            yield Document(id=row["id"], item=Talk(turns=tuple(turns)))
 
 
 # ---------------------------------------------------------------- facts
@@ -299,28 +293,7 @@ def _passage_questions(entry: sources.Source, rows: list[Row], rng: Random) -> I
         turns = [("user", f"{opening}\n\n{passage}\n\n{pairs[0][0]}"), ("assistant", pairs[0][1])]
         for question, answer in pairs[1:]:
             turns += [("user", question), ("assistant", answer)]
-        yield Document(id=f"fairytale/{row['section']}", item=Chat(messages=tuple(turns)))
-
-
-# ---------------------------------------------------------------- generated
-
-
-def _texts_of(
-    name: str, make: Callable[[Random], str], count: int
-) -> Callable[..., Iterator[Document]]:
-    def documents(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
-        for number in range(count):
-            yield Document(id=f"made/{name}/text/{number}", item=make(rng))
-
-    return documents
-
-
-def _chats_of(name: str, make: Callable[[Random], Chat]) -> Callable[..., Iterator[Document]]:
-    def documents(entry: sources.Source, rows: list[Row], rng: Random) -> Iterator[Document]:
-        for number in range(GENERATED_DOCUMENTS[name]):
-            yield Document(id=f"made/{name}/chat/{number}", item=make(rng))
-
-    return documents
+        yield Document(id=f"fairytale/{row['section']}", item=Talk(turns=tuple(turns)))
 
 
 _PRETRAINING: dict[str, Callable[..., Iterator[Document]]] = {
@@ -334,9 +307,6 @@ _PRETRAINING: dict[str, Callable[..., Iterator[Document]]] = {
     "factbook": _country_texts,
     "wordnet": _definition_texts,
     "fairytale_qa": _passage_texts,
-    "arithmetic": _texts_of("arithmetic", arithmetic_text, 3000),
-    "smalltalk": _texts_of("smalltalk", smalltalk_text, 600),
-    "template_stories": _texts_of("template_stories", lambda rng: story(rng)[2], 2500),
 }
 
 _FINETUNING: dict[str, Callable[..., Iterator[Document]]] = {
@@ -347,7 +317,4 @@ _FINETUNING: dict[str, Callable[..., Iterator[Document]]] = {
     "wordnet": _definition_questions,
     "fairytale_qa": _passage_questions,
     "instructions": _instructions,
-    "arithmetic": _chats_of("arithmetic", arithmetic_chat),
-    "smalltalk": _chats_of("smalltalk", smalltalk_chat),
-    "template_stories": _chats_of("template_stories", story_chat),
 }

@@ -125,15 +125,11 @@ def _several_sums(rng: Random) -> Chat:
 
 
 def _stories(rng: Random) -> Chat:
-    from recipes.mini.corpora import converted
-
-    return with_mode(rng, converted(story_chat(rng), "assistant"))
+    return with_mode(rng, story_chat(rng).chat("assistant"))
 
 
 def _smalltalk(rng: Random) -> Chat:
-    from recipes.mini.corpora import converted
-
-    return with_mode(rng, converted(smalltalk.smalltalk_chat(rng), "assistant"))
+    return with_mode(rng, smalltalk.smalltalk_chat(rng).chat("assistant"))
 
 
 def _recall(rng: Random) -> Chat:

@@ -1,35 +1,40 @@
 """Write the model card of a trained qnext-mini beside its weights.
 
     python -m recipes.mini.model_card --model MODEL --run runs/qnext-mini \\
-        --data .data/qnext-mini/data --evaluation record.json
+        --data .data/qnext-mini/data --evaluation MODEL/evaluation.json
 
 Every number comes from a file that a command wrote: the run's recipe and log, the summary of the
-prepared data, and the record and pictures of ``qnext eval mini``.
+prepared data, and the record and pictures of ``qnext eval mini``. The head of the record becomes
+the table of the README (``docs/results/qnext_mini.json``).
 """
 
 import argparse
 import json
-import shutil
+from math import exp, log
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import RESULTS, write_result
 
 from qnext import cost
 from qnext.config import ModelConfig
 from qnext.errors import DataError
 from qnext.eval.run import table
+from qnext.eval.scores import share
 
 COMMANDS = """\
 qnext data tokenizer --recipe recipes/qnext_mini.py --data ../shared/data --policy {policy} \\
     --vocab-size {vocabulary} --out .data/qnext-mini/tokenizer
 qnext data prepare --recipe recipes/qnext_mini.py --data ../shared/data --policy {policy} \\
     --tokenizer .data/qnext-mini/tokenizer --out .data/qnext-mini/data
-qnext train recipes/qnext_mini.py --minutes 180 --run runs/qnext-mini
-qnext train report runs/qnext-mini
+qnext train recipes/qnext_mini.py --tokens {tokens} --run runs/qnext-mini
 qnext train export runs/qnext-mini EXPORTED
 qnext quantize EXPORTED MODEL --bits 8
-qnext eval mini MODEL --out record.json --plots MODEL
+qnext train report runs/qnext-mini --out MODEL/curves.png
+qnext eval mini MODEL --held-out .data/qnext-mini/data/held-out \\
+    --pairs ../shared/data/evals/blimp_100.jsonl.xz --out MODEL/evaluation.json --plots MODEL
 python -m recipes.mini.model_card --model MODEL --run runs/qnext-mini \\
-    --data .data/qnext-mini/data --evaluation record.json"""
+    --data .data/qnext-mini/data --evaluation MODEL/evaluation.json"""
 
 
 def read_json(path: Path, made_by: str) -> Any:
@@ -117,6 +122,7 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
         for path in (model / "curves.png", model / "thinking_budget.png", model / "needles.png")
         if path.is_file()
     ]
+    log_lines = read_log(run / "log.jsonl")
     left_out = sum(row["contaminated"] for row in summary["sources"].values())
     sections = [
         "# qnext-mini",
@@ -137,17 +143,36 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
             ("context", f"{config.max_position_embeddings} tokens, four times that with YaRN"),
         ]),
         "## Training",
-        stages(read_log(run / "log.jsonl")),
+        stages(log_lines),
         "Commands, from the repository root:",
-        "```\n" + COMMANDS.format(policy=summary["policy"], vocabulary=config.vocab_size) + "\n```",
+        "```\n" + COMMANDS.format(
+            policy=summary["policy"], vocabulary=config.vocab_size,
+            tokens=f"{log_lines[-1]['tokens'] / 1e6:.1f}e6",
+        ) + "\n```",
         *pictures,
         "## Measured",
         f"By `qnext eval mini` on {record['date']} ({record['machine']}), "
         f"{record['items_per_cell']} questions per cell; operands, names and numbers of the "
         "questions were never trained. Definitions are in docs/training.md.",
         "```\n" + table(record) + "\n```",
+        "## Limits",
+        "- Facts are unreliable. Of most things it knows next to nothing.\n"
+        "- Sums, word problems and tool calls are right for the kinds it was trained on; other "
+        "wordings often fail.\n"
+        "- It answers in simple English only and writes no code.\n"
+        "- Books of the nineteenth and early twentieth century and crowd-written small talk are "
+        "part of its text; a word list kept slurs out, nothing kept out the views of their time.",
         "## Data and licences",
+        "The weights and files of this folder are under the Apache License 2.0, like qnext itself. "
+        "No corpus is included. Sources that ask for share-alike were left out on purpose. Text "
+        "was cut into pieces, typographic quotes were made plain, unsuitable pieces were dropped, "
+        "and questions were formed from dictionary and country entries; these are changes in the "
+        "sense of the CC BY licence.",
         data_table(summary, shares_of(recipe)),
+        "CC BY 4.0: https://creativecommons.org/licenses/by/4.0/. CDLA-Sharing-1.0: "
+        "https://cdla.dev/sharing-1-0/. The authors of the single picture books are named in the "
+        "Global African Storybook Project collections "
+        "(https://github.com/global-asp/asp-source, https://github.com/global-asp/pb-source).",
         f"{left_out} documents that repeat a text of {', '.join(summary['evaluation_files'])} were "
         f"left out ({summary['evaluation_texts']:,} texts searched, "
         f"{summary['evaluation_texts_too_short']:,} too short to be).",
@@ -158,6 +183,71 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def head(
+    record: dict[str, Any], config: ModelConfig, first: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows for the README: what was measured, the goal, and whether it was reached.
+
+    ``first`` holds the bits per byte of the first embedded model, by the same command.
+    """
+    found, rows = record["results"], []
+    total = cost.parameters(config)
+
+    def row(
+        what: str, value: str, conditions: str, goal: str = "", met: bool | None = None
+    ) -> None:
+        said = "" if met is None else "yes" if met else "no"
+        rows.append({"what": what, "value": value, "goal": goal, "met": said,
+                     "conditions": conditions})  # fmt: skip
+
+    def rate(what: str, cells: list[dict[str, Any]], conditions: str, goal: float) -> float:
+        one = share([n < cell["right"] for cell in cells for n in range(cell["of"])])
+        low, high = one["interval"]
+        row(what, f"{one['share']:.1%} ({low:.0%} to {high:.0%})", f"{conditions}, {one['of']:,}",
+            f"{goal:.0%}", one["share"] >= goal)  # fmt: skip
+        return one["share"]
+
+    row("Parameters", f"{total.total + total.mtp:,}",
+        f"{cost.active_parameters(config):,} active per token, MTP head {total.mtp:,}")  # fmt: skip
+    text, before = found["text"], first["results"]["text"]
+    ratios = {name: text[name]["bits_per_byte"] / before[name]["bits_per_byte"] for name in before}
+    for name in ("tinystories", "children_classics", "textbooks", "self_dialogue"):
+        row(f"Bits per byte, held-out {name.replace('_', ' ')}",
+            f"{text[name]['bits_per_byte']:.3f}",
+            f"the first model: {before[name]['bits_per_byte']:.3f}")  # fmt: skip
+    mean = exp(sum(map(log, ratios.values())) / len(ratios))
+    row("Bits per byte beside the first model's", f"{1 - mean:.1%} lower",
+        f"geometric mean of {len(ratios)} sources; {sum(r <= 0.95 for r in ratios.values())} of "
+        f"them 5 % lower; from {1 - max(ratios.values()):.1%} to {1 - min(ratios.values()):.1%}",
+        "5 % lower", mean <= 0.95)  # fmt: skip
+    rate("BLiMP", [found["pairs"]["accuracy"]], "pairs, ties wrong", 0.70)
+    rate("First drafts accepted", [found["drafts"]], "greedy stories, drafts", 0.60)
+    needles = found["needles"]
+    longest = str(needles["trained_length"])
+    rate(f"Needles among {longest} tokens", [needles["plain"]["lengths"][longest]["all"]],
+         "11 depths, exact", 0.95)  # fmt: skip
+    four = str(needles["yarn_factor"] * needles["trained_length"])
+    rate(f"Needles among {four} tokens with YaRN", [needles["yarn"]["lengths"][four]["all"]],
+         "11 depths, exact", 0.80)  # fmt: skip
+    kinds = {**found["arithmetic"]["by_kind"], **found["problems"]["by_kind"]}
+
+    def cells(mode: str, *beginnings: str) -> list[dict[str, Any]]:
+        return [modes[mode] for kind, modes in kinds.items() if kind.startswith(beginnings)]
+
+    for mode in ("thinking", "direct"):
+        rate(f"Addition and subtraction to 3 digits, {mode}", cells(mode, "add", "subtract"),
+             "operands never trained", 0.95)  # fmt: skip
+    for what, beginning in (("2 × 2-digit products", "multiply, 2x2"),
+                            ("Word problems of two steps", "word problem")):  # fmt: skip
+        with_it = rate(f"{what}, thinking", cells("thinking", beginning), "never trained", 0.85)
+        without = share(
+            [n < c["right"] for c in cells("direct", beginning) for n in range(c["of"])]
+        )
+        row(f"{what}, direct", f"{without['share']:.1%}", f"never trained, {without['of']}",
+            "20 points below thinking", with_it - without["share"] >= 0.2)  # fmt: skip
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.mini.model_card", description=__doc__)
@@ -165,12 +255,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/qnext-mini"))
     parser.add_argument("--data", type=Path, default=Path(".data/qnext-mini/data"))
     parser.add_argument("--evaluation", type=Path, required=True, help="made by qnext eval mini")
-    parser.add_argument("--curves", type=Path, help="picture made by qnext train report")
     options = parser.parse_args(arguments)
-    if options.curves is not None:
-        shutil.copyfile(options.curves, options.model / "curves.png")
     text = card(options.model, options.run, options.data, options.evaluation)
     (options.model / "README.md").write_text(text, encoding="utf-8")
+    record = read_json(options.evaluation, "qnext eval mini --out")
+    first = read_json(RESULTS / "qnext_mini_first.json", "git checkout")
+    rows = head(record, ModelConfig.from_file(options.model), first)
+    write_result("qnext_mini", "qnext-mini, the embedded model", rows,
+                 command="qnext eval mini", date=record["date"])  # fmt: skip
     print(options.model / "README.md")
 
 

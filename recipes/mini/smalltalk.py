@@ -6,7 +6,7 @@ model of this size: it is small, it makes mistakes, and it says so.
 
 from random import Random
 
-from recipes.mini.chats import Chat
+from recipes.mini.chats import Talk
 
 NAME = "qnext-mini"
 MAKER = "the qnext project"
@@ -539,7 +539,7 @@ def exchange(rng: Random) -> tuple[str, str]:
     return _unknown(rng)
 
 
-def smalltalk_chat(rng: Random) -> Chat:
+def smalltalk_chat(rng: Random) -> Talk:
     """One to four exchanges, sometimes under a system prompt, sometimes told not to think."""
     turns: list[tuple[str, str]] = []
     if rng.random() < 0.15:
@@ -554,7 +554,7 @@ def smalltalk_chat(rng: Random) -> Chat:
     if rng.random() < 0.04:
         role, last = turns[-2]
         turns[-2] = (role, f"{last} /no_think")
-    return Chat(messages=tuple(turns))
+    return Talk(turns=tuple(turns))
 
 
 def smalltalk_text(rng: Random) -> str:

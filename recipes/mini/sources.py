@@ -1,9 +1,8 @@
-"""The corpora qnext-mini learns from: where each file lies, its licence, and its share of the
-mixture.
+"""The corpora qnext-mini learns from: where each file lies and its licence.
 
 This table is the only place that decides what may be read. Share-alike and unclear sources are
 not in it on purpose: the licence of the weights must not depend on an unsettled question.
-``card.py`` prints the table, so a source that is used is a source that is credited.
+``model_card.py`` prints it, so a source that is used is a source that is credited.
 """
 
 import json
@@ -18,20 +17,20 @@ from qnext.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One corpus file, or text made by this recipe when ``file`` is empty."""
+    """One corpus file."""
 
     name: str
     """Short name; shards, logs and evaluation tables use it."""
     file: str
-    """Path below the data folder; empty for text generated here."""
+    """Path below the data folder."""
     licence: str
     """Licence of the text, as its publisher states it."""
     attribution: str
     """The line the licence asks for, or where the text comes from."""
-    pretrain: float
-    """Relative share of pretraining tokens; 0 leaves it out of that stage."""
-    finetune: float
-    """Relative share of fine-tuning tokens; 0 leaves it out of that stage."""
+    text: bool = True
+    """Whether it is read from beginning to end."""
+    lessons: bool = False
+    """Whether conversations are made of it."""
 
 
 SOURCES = (
@@ -40,8 +39,7 @@ SOURCES = (
         file="stories/tinystories_sample.jsonl.xz",
         licence="CDLA-Sharing-1.0",
         attribution="TinyStories by Ronen Eldan and Yuanzhi Li (roneneldan/TinyStories)",
-        pretrain=0.18,
-        finetune=0.13,
+        lessons=True,
     ),
     Source(
         name="picture_books",
@@ -51,16 +49,13 @@ SOURCES = (
         "(Pratham Books) picture books by their named authors, through the Global African "
         "Storybook Project; fairy tales from FairytaleQA (University of California, Irvine). "
         "Layout removed, lines joined",
-        pretrain=0.17,
-        finetune=0.04,
+        lessons=True,
     ),
     Source(
         name="children_classics",
         file="stories/children_classics.jsonl.xz",
         licence="public domain in the United States",
         attribution="classic children's novels, from mlschmitt/classic-books-markdown",
-        pretrain=0.14,
-        finetune=0.0,
     ),
     Source(
         name="self_dialogue",
@@ -69,16 +64,13 @@ SOURCES = (
         attribution="The Self-dialogue Corpus, copyright (c) Joachim Fainberg, Ben Krause, "
         "Mihai Dobre, Marco Damonte, Emmanuel Kahembwe, Daniel Duma, Bonnie Webber, Federico "
         "Fancellu (arXiv 1809.06641)",
-        pretrain=0.16,
-        finetune=0.12,
+        lessons=True,
     ),
     Source(
         name="topical_chat",
         file="dialogues/topical_chat.jsonl.xz",
         licence="CDLA-Sharing-1.0",
         attribution="Topical-Chat by Amazon Alexa AI (Gopalakrishnan and others, 2019)",
-        pretrain=0.05,
-        finetune=0.0,
     ),
     Source(
         name="textbooks",
@@ -87,8 +79,6 @@ SOURCES = (
         attribution="OpenStax, Rice University. Access for free at https://openstax.org. "
         "*Life, Liberty, and the Pursuit of Happiness* is by the Bill of Rights Institute and "
         "OpenStax. Converted to plain text; figures and tables dropped",
-        pretrain=0.06,
-        finetune=0.0,
     ),
     Source(
         name="science_textbooks",
@@ -96,16 +86,13 @@ SOURCES = (
         licence="CC BY 4.0",
         attribution="OpenStax, Rice University. Access for free at https://openstax.org. "
         "Converted to plain text; figures and tables dropped",
-        pretrain=0.05,
-        finetune=0.0,
     ),
     Source(
         name="factbook",
         file="reference/world_factbook.jsonl.xz",
         licence="CC0 1.0",
         attribution="The World Factbook (public domain), through factbook/factbook.json",
-        pretrain=0.04,
-        finetune=0.09,
+        lessons=True,
     ),
     Source(
         name="wordnet",
@@ -113,16 +100,14 @@ SOURCES = (
         licence="CC BY 4.0 and the WordNet licence",
         attribution="Open English WordNet (https://en-word.net), derived from Princeton WordNet: "
         "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved",
-        pretrain=0.04,
-        finetune=0.05,
+        lessons=True,
     ),
     Source(
         name="fairytale_qa",
         file="instruct/fairytale_qa.jsonl.xz",
         licence="Apache-2.0",
         attribution="FairytaleQA (Xu and others, 2022), University of California, Irvine",
-        pretrain=0.05,
-        finetune=0.06,
+        lessons=True,
     ),
     Source(
         name="instructions",
@@ -130,32 +115,8 @@ SOURCES = (
         licence="Apache-2.0",
         attribution="instruction examples of LLMs-from-scratch (Sebastian Raschka), identity "
         "examples of LLaMA-Factory, seed tasks of Stanford Alpaca",
-        pretrain=0.0,
-        finetune=0.07,
-    ),
-    Source(
-        name="arithmetic",
-        file="",
-        licence="Apache-2.0",
-        attribution="generated by this recipe",
-        pretrain=0.04,
-        finetune=0.18,
-    ),
-    Source(
-        name="smalltalk",
-        file="",
-        licence="Apache-2.0",
-        attribution="generated by this recipe",
-        pretrain=0.01,
-        finetune=0.16,
-    ),
-    Source(
-        name="template_stories",
-        file="",
-        licence="Apache-2.0",
-        attribution="generated by this recipe",
-        pretrain=0.03,
-        finetune=0.10,
+        text=False,
+        lessons=True,
     ),
 )
 

@@ -2,12 +2,12 @@
 
 from random import Random
 
-from recipes.mini.chats import Chat, single
+from recipes.mini.chats import Talk, single
 
 from qnext.data.generate.stories import TRAITS, article, request, story
 
 
-def story_chat(rng: Random) -> Chat:
+def story_chat(rng: Random) -> Talk:
     """A request for a story about a hero, and the story; sometimes followed by thanks or a
     question.
     """
@@ -33,4 +33,4 @@ def story_chat(rng: Random) -> Chat:
         )
     )
     turns = (("user", request(rng, subject)), ("assistant", text), ("user", follow[0]))
-    return Chat(messages=(*turns, ("assistant", follow[1])))
+    return Talk(turns=(*turns, ("assistant", follow[1])))

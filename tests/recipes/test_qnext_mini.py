@@ -1,11 +1,12 @@
 """The recipe of qnext-mini: its data, its licences, its lessons."""
 
 import json
+import lzma
 from pathlib import Path
 from random import Random
 
 import pytest
-from recipes.mini import corpora, lessons, model_card
+from recipes.mini import corpora, documents, lessons, model_card, sources
 
 from qnext.config import ModelConfig
 from qnext.cost import parameters
@@ -42,6 +43,37 @@ def test_licences_are_within_the_policy_and_not_within_a_narrower_one() -> None:
     with pytest.raises(DataError, match="tinystories"):
         checked_sources(sources, "permissive")
     assert all(source.licence.attribution for source in sources)
+
+
+def test_share_alike_and_unclear_sources_are_not_read() -> None:
+    for entry in (*sources.SOURCES, *corpora.EXTRA.values()):
+        assert "SA" not in entry.licence.replace("CDLA-Sharing", "")
+        assert not any(
+            word in entry.file for word in ("sgd", "trivia", "dolly", "wikipedia", "gpteacher")
+        )
+        assert not entry.file.startswith("evals")
+
+
+def test_a_missing_corpus_is_one_clear_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tinystories_sample.jsonl.xz is not there.*--data"):
+        sources.read_rows(sources.source("tinystories"), tmp_path)
+
+
+def test_validation_stories_are_never_read(tmp_path: Path) -> None:
+    entry = sources.source("tinystories")
+    path = tmp_path / entry.file
+    path.parent.mkdir(parents=True)
+    rows = [{"id": "tinystories-v2/1", "text": "a"}, {"id": "tinystories-val/1", "text": "b"}]
+    with lzma.open(path, "wt", encoding="utf-8") as lines:
+        lines.write("\n".join(map(json.dumps, rows)))
+    assert [row["id"] for row in sources.read_rows(entry, tmp_path)] == ["tinystories-v2/1"]
+
+
+def test_a_story_is_held_out_with_all_its_parts() -> None:
+    names = [f"tinystories-v2/{i}" for i in range(2000)]
+    out = [name for name in names if documents.is_held_out(name)]
+    assert 5 <= len(out) <= 40
+    assert all(documents.is_held_out(f"{name}#{part}") for name in out for part in range(3))
 
 
 def test_the_model_fits_into_forty_megabytes_at_eight_bits() -> None:
