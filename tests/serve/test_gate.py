@@ -20,7 +20,9 @@ KEYS = ("first-key-1234", "second-key-5678")
 
 
 def hello(**fields) -> dict:
-    return {"messages": [{"role": "user", "content": "the secret fox"}], "max_tokens": 4, **fields}
+    """A request whose answer is the same every time."""
+    messages = [{"role": "user", "content": "the secret fox"}]
+    return {"messages": messages, "max_tokens": 4, "temperature": 0, **fields}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,8 @@ def test_the_log_has_a_line_per_request_and_text_only_when_asked(
     caplog.set_level(logging.INFO, "qnext.serve.requests")
     rules = Rules(log_prompts=shows)
     with running(LLM(tiny_folder, backend="torch"), rules=rules) as live:
-        live.client.post(CHAT, json=hello(user="me"), headers={"x-request-id": "mine"})
+        body = hello(user="me", ignore_eos=True)
+        live.client.post(CHAT, json=body, headers={"x-request-id": "mine"})
         live.client.post(CHAT, json={"messages": 3})
         live.client.get("/health")
     fine, refused = (record.fields for record in caplog.records if hasattr(record, "fields"))
@@ -170,7 +173,8 @@ def test_lines_of_the_log_stay_lines(form, capsys) -> None:
 
 def test_metrics_add_up(tiny_folder) -> None:
     with running(LLM(tiny_folder, backend="torch")) as live:
-        usages = [live.client.post(CHAT, json=hello(n=2)).json()["usage"] for _ in range(2)]
+        body = hello(n=2, temperature=1, seed=0, ignore_eos=True)  # each of the four is 4 tokens
+        usages = [live.client.post(CHAT, json=body).json()["usage"] for _ in range(2)]
         live.client.post(CHAT, json={"messages": 3})
         live.wait_until(busy=0)
         page = live.client.get("/metrics")
