@@ -55,7 +55,7 @@ def guarded(tiny_folder):
 def test_every_route_asks_for_one_of_the_keys(path, headers, status, guarded) -> None:
     method = "POST" if path in (CHAT, "/v1/messages") else "GET"
     body = hello() if method == "POST" else None
-    answer = httpx.request(method, guarded.url + path, headers=headers, json=body, timeout=30)
+    answer = httpx.request(method, guarded.url + path, headers=headers, json=body, timeout=60)
     assert answer.status_code == status
     if status == 401:
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -99,7 +99,7 @@ def test_all_names_of_the_model_are_known(guarded) -> None:
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(guarded) -> None:
     long = hello(max_tokens=400, ignore_eos=True, stream=True)
-    with guarded.client.stream("POST", CHAT, json=long) as one:
+    with guarded.slowed(), guarded.client.stream("POST", CHAT, json=long) as one:
         next(one.iter_lines())
         refused = guarded.client.post(CHAT, json=hello())
         assert refused.status_code == 429
@@ -112,7 +112,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(guarded) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_ended(stream, tiny_folder) -> None:
     llm = LLM(tiny_folder, backend="torch")
-    with running(llm, limits=Limits(timeout_s=0.05)) as live:
+    with running(llm, limits=Limits(timeout_s=0.05)) as live, live.slowed():
         body = hello(max_tokens=480, ignore_eos=True, stream=stream)
         answer = live.client.post(CHAT, json=body)
         assert answer.status_code == (200 if stream else 504)
