@@ -34,18 +34,10 @@ def site() -> Iterator[Live]:
 
 
 @pytest.fixture
-def slow_site(site, monkeypatch) -> Live:
+def slow_site(site) -> Iterator[Live]:
     """The same server, writing slowly enough to be stopped in the middle."""
-    import time
-
-    step = site.llm.engine.step
-
-    def slowly():
-        time.sleep(0.05)
-        return step()
-
-    monkeypatch.setattr(site.llm.engine, "step", slowly)
-    return site
+    with site.slowed(0.05):
+        yield site
 
 
 @pytest.fixture
@@ -57,7 +49,7 @@ def visit(chromium, site):
         context = chromium.new_context(viewport={"width": 1200, "height": 800}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
             "console",

@@ -127,6 +127,7 @@ def test_settings_reach_the_server(visit) -> None:
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Temperature").fill("0.25")
     page.get_by_label("Longest answer").fill("7")
+    page.get_by_label("Seed").fill("1")
     slider = page.get_by_label("Thinking budget")
     slider.press("Home")
     for _ in range(2):
@@ -142,6 +143,7 @@ def test_settings_reach_the_server(visit) -> None:
     ]
     assert body["temperature"] == 0.25
     assert body["max_tokens"] == 7
+    assert body["seed"] == 1
     assert body["thinking_budget"] == 64
     wait_for_answer(page)
     assert "7 tokens" in page.locator(".remark").inner_text()
