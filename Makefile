@@ -53,7 +53,7 @@ MINI = src/qnext/models/qnext-mini
 mini: $(VENV)/.dev
 	$(BIN)/qnext data tokenizer --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --vocab-size 6144 --out $(WORK)/tokenizer
 	$(BIN)/qnext data prepare --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --tokenizer $(WORK)/tokenizer --out $(WORK)/data
-	$(BIN)/qnext train recipes/qnext_mini.py --tokens 16.5e6 --run $(RUN)
+	$(BIN)/qnext train recipes/qnext_mini.py --run $(RUN)
 	$(BIN)/qnext train export $(RUN) $(WORK)/exported
 	$(BIN)/qnext quantize $(WORK)/exported $(WORK)/model --bits 8
 	mv $(WORK)/model/* $(MINI)/

@@ -4,9 +4,9 @@
         --vocab-size 6144 --out .data/qnext-mini/tokenizer
     qnext data prepare --recipe recipes/qnext_mini.py --data ../shared/data --policy +cdla \\
         --tokenizer .data/qnext-mini/tokenizer --out .data/qnext-mini/data
-    qnext train recipes/qnext_mini.py --tokens 16.5e6
+    qnext train recipes/qnext_mini.py
 
-Four stages: S1 general text (the MTP head joins after two fifths), S2 knowledge and worked
+Four stages: S1 general text (the MTP head joins after three tenths), S2 knowledge and worked
 problems, S3 long documents and needles at a longer rotary base, SFT lessons in both modes.
 ``--set stages.*.data.folder=DIR`` and ``--set tokenizer=DIR`` name other folders.
 """
@@ -118,7 +118,7 @@ def recipe() -> Recipe:
             Stage(
                 name="S1-text",
                 data=_mixture(S1),
-                tokens=4_500_000,
+                tokens=3_300_000,
                 elastic=True,
                 schedule=Schedule(peak=rate, warmup=0.06, start=0.02),
                 row_tokens=512,
@@ -127,7 +127,7 @@ def recipe() -> Recipe:
             Stage(
                 name="S1",
                 data=_mixture(S1),
-                tokens=6_500_000,
+                tokens=7_700_000,
                 elastic=True,
                 schedule=Schedule(peak=rate, shape="linear", decay_from=0.3, final=0.75),
                 objectives=heads,

@@ -27,7 +27,7 @@ qnext data tokenizer --recipe recipes/qnext_mini.py --data ../shared/data --poli
     --vocab-size {vocabulary} --out .data/qnext-mini/tokenizer
 qnext data prepare --recipe recipes/qnext_mini.py --data ../shared/data --policy {policy} \\
     --tokenizer .data/qnext-mini/tokenizer --out .data/qnext-mini/data
-qnext train recipes/qnext_mini.py --tokens {tokens} --run runs/qnext-mini
+qnext train recipes/qnext_mini.py --run runs/qnext-mini
 qnext train export runs/qnext-mini EXPORTED
 qnext quantize EXPORTED MODEL --bits 8
 qnext train report runs/qnext-mini --out MODEL/curves.png
@@ -75,6 +75,12 @@ def stages(log: list[dict[str, Any]]) -> str:
         body.append((name, f"{len(mine):,}", f"{tokens:,}", f"{seconds / 60:.0f}", f"{loss:.3f}"))
     body.append(("all", f"{len(log):,}", f"{begun:,}", f"{began / 60:.0f}", ""))
     return rows(("stage", "steps", "tokens", "minutes", "loss at its end"), body)
+
+
+def notes(run: Path) -> list[str]:
+    """What happened to this run that its settings do not say, if anything did: RUN/notes.txt."""
+    path = run / "notes.txt"
+    return [path.read_text(encoding="utf-8").strip()] if path.is_file() else []
 
 
 def data_table(summary: dict[str, Any], shares: dict[str, dict[str, float]]) -> str:
@@ -144,10 +150,10 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
         ]),
         "## Training",
         stages(log_lines),
+        *notes(run),
         "Commands, from the repository root:",
         "```\n" + COMMANDS.format(
-            policy=summary["policy"], vocabulary=config.vocab_size,
-            tokens=f"{log_lines[-1]['tokens'] / 1e6:.1f}e6",
+            policy=summary["policy"], vocabulary=config.vocab_size
         ) + "\n```",
         *pictures,
         "## Measured",

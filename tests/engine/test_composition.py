@@ -27,7 +27,7 @@ from composition import (
 )
 from covering import Row, covering_array, is_ruled_out
 
-from qnext import native
+from qnext import load_model, native, save_model
 from qnext.engine import engine as engine_module
 from qnext.engine import native_runner
 from qnext.engine.engine import Engine
@@ -82,13 +82,21 @@ MODELS: dict[str, dict[str, object]] = {
     "torch": {"backend": "torch", "dtype": "float32"},
     "float32": {"backend": "native", "dtype": "float32"},
     "bfloat16": {"backend": "native", "dtype": "bfloat16"},
-    "int8": {"backend": "native", "quantization": "int8"},
+    "int8": {"backend": "native"},
     "int4": {"backend": "native", "quantization": "int4"},
 }
 
 
 @pytest.fixture(scope="module")
-def subjects(tiny_folder):
+def unpacked(tmp_path_factory):
+    """The embedded model, which ships in 8 bits, in bfloat16."""
+    folder = tmp_path_factory.mktemp("models") / "qnext-mini"
+    save_model(load_model("qnext-mini", dtype="bfloat16"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subjects(tiny_folder, unpacked):
     """By name: "tiny" is a random model, "mini" the embedded one; "ordinary" promises less."""
     made: dict[tuple[str, ...], Subject] = {}
 
@@ -97,8 +105,8 @@ def subjects(tiny_folder):
         if (name, kind, mode) not in made:
             made[name, kind, mode] = (
                 Subject(
-                    folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY,
-                    drafts_known=False, options=options,
+                    folder="qnext-mini" if kind == "int8" else unpacked, text=STORY, messages=TALK,
+                    company=COMPANY, drafts_known=False, options=options,
                 )
                 if name == "mini"
                 else Subject(
@@ -271,9 +279,9 @@ def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only(subjects, ki
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only_on_pytorch(dtype):
+def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only_on_pytorch(dtype, unpacked):
     subject = Subject(
-        folder="qnext-mini", text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
+        folder=unpacked, text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
         options={"backend": "torch", "dtype": dtype},
     )  # fmt: skip
     assert report(f"pytorch {dtype}", subject, TORCH_PAIRS).positions > 400
