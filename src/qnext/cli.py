@@ -524,7 +524,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="the same bits whatever else runs; needs --dtype float32",
+        help="the same bits whatever else runs: native kernels in any dtype and with packed "
+        "weights, PyTorch's in float32 and bfloat16",
     )
 
 

@@ -20,7 +20,8 @@ def ask(text: str, **options) -> dict:
 
 def events(response: httpx.Response) -> list[dict]:
     """The chunks of a stream, which must end as OpenAI's do."""
-    lines = [line for line in response.iter_lines() if line]
+    # Where a machine is so slow that the server says nothing for long, it sends comments.
+    lines = [line for line in response.iter_lines() if line and line != ": keep-alive"]
     assert all(line.startswith("data: ") for line in lines), lines
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
