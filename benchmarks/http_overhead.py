@@ -4,8 +4,8 @@
 
 The server is a process of its own, the engine runs in this one; both see the same prompts in the
 same order, so that their prefix caches agree. Time to the first token is that of one client; tokens
-per second are those of ``--streams`` answers at once, in HTTP from as many connections, each from the
-question to the end: answers are long ones, because what their beginning costs is the first figure.
+per second are those of ``--streams`` answers at once, in HTTP from as many connections, from the
+question to the end. Answers are long, because what their beginning costs is the first figure.
 """
 
 import argparse
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write docs/results")
     args = parser.parse_args()
     found = measure(args)
+    streams = f"{args.streams} stream{'s' * (args.streams > 1)}"
     rows = [
         {
             "what": "time to the first token, above the engine's own",
@@ -161,8 +162,7 @@ def main() -> None:
             "what": "tokens per second, share of the engine's own",
             "value": f"{100 * found['rate_share']:.1f} %",
             "conditions": f"{found['rate_http']:.0f} through HTTP, {found['rate_engine']:.0f} "
-            f"without; {args.streams} stream{'s' * (args.streams > 1)} of {args.tokens} tokens; goal "
-            f"{100 * SHARE_LIMIT:g} % at least",
+            f"without; {streams} of {args.tokens} tokens; goal {100 * SHARE_LIMIT:g} % at least",
         },
     ]
     for row in rows:
