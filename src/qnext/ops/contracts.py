@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qnext import native
 from qnext.ops.segments import Segments
 
 
@@ -107,6 +108,30 @@ class GatedDeltaWhole(Protocol):
     ) -> Tensor: ...
 
 
+class DeltaLayer(Protocol):
+    """All of a delta layer between its projections, over whole sequences from nothing.
+
+    Shapes: qkvz [P, 2UK + 2WM] grouped by key head (query, key, values, gates), ba [P, 2W] grouped
+    likewise (write strengths, decays), conv_weight [ch, J], A_log and dt_bias [W], norm_weight [M]
+    -> [P, WM], what the output projection reads. None for tensors it does not take: then the ops
+    run one after the other.
+    """
+
+    def __call__(
+        self,
+        *,
+        qkvz: Tensor,
+        ba: Tensor,
+        conv_weight: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        key_heads: int,
+        segments: Segments,
+    ) -> Tensor | None: ...
+
+
 class Attention(Protocol):
     """Causal attention inside each sequence; softmax in float32.
 
@@ -186,12 +211,22 @@ def only_for_gradients(spec: OpSpec) -> str | None:
     return None if spec.grad else "no gradients are asked for."
 
 
+def native_for_gradients(spec: OpSpec) -> str | None:
+    """Why a native forward and backward pass does not fit, if so."""
+    if not spec.grad:
+        return "no gradients are asked for."
+    if spec.device != "cpu":
+        return f"it was made for the CPU, not for {spec.device}."
+    return native.unfit()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Impl:
     """One implementation of an op: its backend's name, how to get it, and when it does not fit."""
 
     backend: str
-    load: Callable[[], Callable[..., object]]
+    load: Callable[[], Callable[..., object] | None]
+    """The function; None for an op that merely joins others, where they run one by one."""
     unfit: Callable[[OpSpec], str | None] = field(default=lambda spec: None)
     """None, or one English sentence that says why this backend cannot serve the spec."""
 
@@ -213,6 +248,8 @@ class Ops:
     with T the longest length; a finished sequence keeps its last one."""
     gated_delta_chunk: GatedDelta
     gated_delta_whole: GatedDeltaWhole
+    delta_layer: DeltaLayer | None
+    """None where the layer's ops run one after the other."""
     attention: Attention
     attention_paged: PagedAttention
     experts: Experts

@@ -10,8 +10,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from qnext.errors import BackendError
-from qnext.ops import attention, conv, elementwise, gated_delta, linear, moe, norm, rope
-from qnext.ops.contracts import Impl, Ops, OpSpec, only_for_gradients
+from qnext.ops import (
+    attention,
+    conv,
+    delta_layer,
+    elementwise,
+    experts_native,
+    gated_delta,
+    linear,
+    moe,
+    norm,
+    rope,
+)
+from qnext.ops.contracts import Impl, Ops, OpSpec, native_for_gradients, only_for_gradients
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     **norm.IMPLS,
@@ -20,9 +31,13 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     **rope.IMPLS,
     **conv.IMPLS,
     **gated_delta.IMPLS,
+    **delta_layer.IMPLS,
     **attention.IMPLS,
     **moe.IMPLS,
+    "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
+JOINED = {"delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated")}
+"""Ops that stand for several others: asking for one of those by name leaves them apart."""
 OP_NAMES = tuple(item.name for item in fields(Ops) if item.name != "report")
 
 
@@ -43,7 +58,10 @@ def select(spec: OpSpec | None = None, prefer: Mapping[str, str] | None = None) 
     chosen: dict[str, object] = {}
     report = []
     for op in OP_NAMES:
-        impl, refusals = _choose(op, spec, wanted.get(op, wanted.get("all")), op in wanted)
+        name = wanted.get(op, wanted.get("all"))
+        if op not in wanted and any(part in wanted for part in JOINED.get(op, ())):
+            name = "reference"
+        impl, refusals = _choose(op, spec, name, op in wanted)
         chosen[op] = impl.load()
         why = f" ({'; '.join(refusals)})" if refusals else ""
         report.append(f"{op}: {impl.backend}{why}")
@@ -77,7 +95,7 @@ def _choose(op: str, spec: OpSpec, name: str | None, strict: bool) -> tuple[Impl
         if reason is None:
             return impl, refusals
         # Nobody who serves asked why a training op does not run.
-        if impl.unfit is not only_for_gradients:
+        if spec.grad or impl.unfit not in (only_for_gradients, native_for_gradients):
             refusals.append(f"{impl.backend}: {reason}")
     raise AssertionError(f"{op}: the reference must fit every spec, {spec}")
 

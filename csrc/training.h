@@ -1,0 +1,72 @@
+// Forward and backward passes of training. A call runs on the thread that makes it: workers are one
+// per core already, each with a micro-batch of its own.
+#pragma once
+
+#include <stdint.h>
+
+#include "isa.h"
+
+namespace qnext {
+
+enum class Number : int { f32 = 0, bf16 = 1 };
+
+// Routed experts of one layer. Slots (token, place) are sorted by expert: order[starts[e]] ...
+// order[starts[e + 1] - 1] are the slots of expert e in rising order, slot = token * slots + place.
+struct ExpertsCall {
+  Number number;  // of h, gate_up, down, before, y and their gradients
+  int64_t tokens, slots, experts, width, inner;
+  const void* h;         // [tokens][width]
+  const float* weights;  // [tokens][slots]
+  const void* gate_up;   // [experts][2 inner][width], gate rows first
+  const void* down;      // [experts][width][inner]
+  const int32_t* order;  // [tokens * slots]
+  const int64_t* starts; // [experts + 1]
+  void* before;          // [tokens * slots][2 inner], sorted: what the activation gets
+  void* y;               // forward: [tokens][width]
+  const void* d_y;       // the rest for backward: gradients of y ...
+  void* d_h;             // ... and of what the names say
+  float* d_weights;      // [tokens][slots]
+  void* d_gate_up;
+  void* d_down;
+};
+
+// A delta layer between its projections, over whole documents that start from nothing. Letters are
+// those of docs/notation.md: U key heads, W value heads, K and M their widths, J taps of the
+// convolution, ch = 2 U K + W M channels.
+struct DeltaLayerCall {
+  Number number;  // of qkvz, ba, y and their gradients
+  int64_t tokens, key_heads, value_heads, key_dim, value_dim, taps;
+  int64_t chunk;  // tokens solved at once: 32 or 64
+  int64_t documents;
+  const int64_t* starts;  // [documents + 1]
+  const void* qkvz;       // [tokens][2 U K + 2 W M], grouped by key head: q, k, values, gates
+  const void* ba;         // [tokens][2 W], grouped by key head: b, a
+  const float* conv;      // [ch][J]
+  const float* a_log;     // [W]
+  const float* dt_bias;   // [W]
+  const float* norm;      // [M]
+  float eps;
+  float* states;   // [chunks][W][K][M], entering each chunk; chunks document by document
+  float* written;  // [tokens][W][M]
+  float* out;      // [tokens][W][M], before the norm
+  void* y;         // [tokens][W M]
+  const void* d_y;
+  void* d_qkvz;
+  void* d_ba;
+  float* d_conv;
+  float* d_a_log;
+  float* d_dt_bias;
+  float* d_norm;
+};
+
+struct TrainingKernels {
+  // Both false when there is no memory for the intermediate rows.
+  bool (*experts_forward)(const ExpertsCall& call);
+  bool (*experts_backward)(const ExpertsCall& call);
+  bool (*delta_forward)(const DeltaLayerCall& call);
+  bool (*delta_backward)(const DeltaLayerCall& call);
+};
+
+QNEXT_FAMILY(TrainingKernels, training_kernels)
+
+}  // namespace qnext
