@@ -85,6 +85,25 @@ DeltaLayerCall delta_call(const std::vector<int64_t>& shape, const std::vector<i
   return call;
 }
 
+AttentionCall attention_call(const std::vector<int64_t>& shape, const std::vector<int64_t>& starts,
+                             bool half, float scale, uintptr_t q, uintptr_t k, uintptr_t v,
+                             uintptr_t y, uintptr_t lse) {
+  AttentionCall call = {};
+  call.number = half ? Number::bf16 : Number::f32;
+  call.query_heads = shape.at(0);
+  call.key_heads = shape.at(1);
+  call.width = shape.at(2);
+  call.documents = static_cast<int64_t>(starts.size()) - 1;
+  call.starts = starts.data();
+  call.scale = scale;
+  call.q = at<void>(q);
+  call.k = at<void>(k);
+  call.v = at<void>(v);
+  call.y = at<void>(y);
+  call.lse = at<float>(lse);
+  return call;
+}
+
 }  // namespace
 
 void bind_training(nb::module_& m) {
@@ -152,6 +171,31 @@ void bind_training(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>(),
       "As delta_layer_forward, with what it wrote, then d_y and where the gradients of qkvz, ba,\n"
       "conv, A_log, dt_bias and norm go.");
+  m.def(
+      "attention_forward",
+      [](const std::vector<int64_t>& shape, const std::vector<int64_t>& starts, bool half,
+         float scale, Address q, Address k, Address v, Address y, Address lse) {
+        const AttentionCall call =
+            attention_call(shape, starts, half, scale, q, k, v, y, lse);
+        obtained(training_kernels(current_isa()).attention_forward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "shape (N, G, H), where documents begin and the last ends, whether numbers are bfloat16, the\n"
+      "scale; addresses of q [P, N, H], k and v [P, G, H]; written are y [P, N, H] and lse [P, N].");
+  m.def(
+      "attention_backward",
+      [](const std::vector<int64_t>& shape, const std::vector<int64_t>& starts, bool half,
+         float scale, Address q, Address k, Address v, Address y, Address lse, Address d_y,
+         Address d_q, Address d_k, Address d_v) {
+        AttentionCall call = attention_call(shape, starts, half, scale, q, k, v, y, lse);
+        call.d_y = at<void>(d_y);
+        call.d_q = at<void>(d_q);
+        call.d_k = at<void>(d_k);
+        call.d_v = at<void>(d_v);
+        obtained(training_kernels(current_isa()).attention_backward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "As attention_forward, with what it wrote, then d_y; written are the gradients of q, k, v.");
 }
 
 }  // namespace qnext

@@ -214,15 +214,16 @@ inline void turn(const Lane* from, int64_t stride, int64_t rows, int64_t columns
   }
 }
 
-// A matrix [columns][depth] whose rows run along the depth, into panels: the right operand of a
-// product with its transpose. The depth is a multiple of kPerLane<T>; missing columns are zero.
+// A matrix [columns][depth] whose rows run along the depth, `stride` numbers apart, into panels: the
+// right operand of a product with its transpose. Depth and stride are multiples of kPerLane<T>;
+// missing columns are zero.
 template <class T>
-void pack_columns(const T* x, int64_t columns, int64_t depth, Lane* out) {
-  const int64_t lanes = depth / kPerLane<T>;
+void pack_columns(const T* x, int64_t columns, int64_t depth, int64_t stride, Lane* out) {
+  const int64_t lanes = depth / kPerLane<T>, step = stride / kPerLane<T>;
   const Lane* from = reinterpret_cast<const Lane*>(x);
   for (int64_t c = 0; c < columns; c += kPanel) {
     const int64_t here = columns - c < kPanel ? columns - c : kPanel;
-    turn(from + c * lanes, lanes, here, lanes, out, kPanel);
+    turn(from + c * step, step, here, lanes, out, kPanel);
     for (int64_t p = 0; p < lanes && here < kPanel; ++p) {
       for (int64_t j = here; j < kPanel; ++j) out[p * kPanel + j] = 0;
     }

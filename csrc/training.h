@@ -59,12 +59,32 @@ struct DeltaLayerCall {
   float* d_norm;
 };
 
+// Causal softmax attention inside each document; N query heads, G key heads, H their width.
+struct AttentionCall {
+  Number number;  // of q, k, v, y and their gradients
+  int64_t query_heads, key_heads, width;
+  int64_t documents;
+  const int64_t* starts;  // [documents + 1]
+  float scale;
+  const void* q;  // [tokens][N][H]
+  const void* k;  // [tokens][G][H]
+  const void* v;  // [tokens][G][H]
+  void* y;        // [tokens][N][H]
+  float* lse;     // [tokens][N], logarithm of the sum of exponentials of the scores
+  const void* d_y;
+  void* d_q;
+  void* d_k;
+  void* d_v;
+};
+
 struct TrainingKernels {
   // Both false when there is no memory for the intermediate rows.
   bool (*experts_forward)(const ExpertsCall& call);
   bool (*experts_backward)(const ExpertsCall& call);
   bool (*delta_forward)(const DeltaLayerCall& call);
   bool (*delta_backward)(const DeltaLayerCall& call);
+  bool (*attention_forward)(const AttentionCall& call);
+  bool (*attention_backward)(const AttentionCall& call);
 };
 
 QNEXT_FAMILY(TrainingKernels, training_kernels)

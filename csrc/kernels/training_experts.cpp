@@ -84,14 +84,14 @@ bool forward(const ExpertsCall& c) {
       left[i] = lanes(static_cast<const T*>(c.h) + slots[i] / c.slots * D);
       out[i] = before + i * 2 * F;
     }
-    pack_columns(static_cast<const T*>(c.gate_up) + e * 2 * F * D, 2 * F, D, packed);
+    pack_columns(static_cast<const T*>(c.gate_up) + e * 2 * F * D, 2 * F, D, D, packed);
     product<T>({left, 1}, packed, D / kPerLane<T>, rows, 2 * F, out, Put::round);
     for (int64_t i = 0; i < rows; ++i) {
       activate(before + i * 2 * F, c.weights[slots[i]], F, scaled + i * F);
       left[i] = lanes(scaled + i * F);
       out[i] = sums + slots[i] / c.slots * D;
     }
-    pack_columns(static_cast<const T*>(c.down) + e * D * F, D, F, packed);
+    pack_columns(static_cast<const T*>(c.down) + e * D * F, D, F, F, packed);
     product<T>({left, 1}, packed, F / kPerLane<T>, rows, D, out, Put::add);
   }
   round_all<T>(sums, c.tokens * D, c.y);

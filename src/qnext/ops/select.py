@@ -12,6 +12,7 @@ from dataclasses import fields
 from qnext.errors import BackendError
 from qnext.ops import (
     attention,
+    attention_native,
     conv,
     delta_layer,
     elementwise,
@@ -34,6 +35,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     **delta_layer.IMPLS,
     **attention.IMPLS,
     **moe.IMPLS,
+    "attention": (*attention_native.IMPLS["attention"], *attention.IMPLS["attention"]),
     "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
 JOINED = {"delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated")}
