@@ -104,6 +104,19 @@ AttentionCall attention_call(const std::vector<int64_t>& shape, const std::vecto
   return call;
 }
 
+NormCall norm_call(int64_t rows, int64_t width, int64_t stride, bool half, uintptr_t x,
+                   uintptr_t weight, uintptr_t inverse) {
+  NormCall call = {};
+  call.number = half ? Number::bf16 : Number::f32;
+  call.rows = rows;
+  call.width = width;
+  call.stride = stride;
+  call.x = at<void>(x);
+  call.weight = at<float>(weight);
+  call.inverse = at<float>(inverse);
+  return call;
+}
+
 }  // namespace
 
 void bind_training(nb::module_& m) {
@@ -196,6 +209,83 @@ void bind_training(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "As attention_forward, with what it wrote, then d_y; written are the gradients of q, k, v.");
+  m.def(
+      "norm_forward",
+      [](int64_t rows, int64_t width, int64_t stride, bool half, float eps, Address x,
+         Address weight, Address y, Address inverse) {
+        NormCall call = norm_call(rows, width, stride, half, x, weight, inverse);
+        call.eps = eps;
+        call.y = at<void>(y);
+        training_kernels(current_isa()).norm_forward(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Zero-centred norm: rows of x `stride` numbers apart, weight [D] -> y [rows, D] and what\n"
+      "each row was multiplied by, inverse [rows].");
+  m.def(
+      "norm_backward",
+      [](int64_t rows, int64_t width, int64_t stride, bool half, Address x, Address weight,
+         Address inverse, Address d_y, Address d_x, Address d_weight) {
+        NormCall call = norm_call(rows, width, stride, half, x, weight, inverse);
+        call.d_y = at<void>(d_y);
+        call.d_x = at<void>(d_x);
+        call.d_weight = at<float>(d_weight);
+        obtained(training_kernels(current_isa()).norm_backward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "As norm_forward, with inverse and d_y -> d_x [rows, D] and d_weight [D].");
+  m.def(
+      "route_forward",
+      [](int64_t rows, int64_t experts, int64_t slots, bool rescale, Address logits,
+         Address weights, Address ids) {
+        RouteCall call = {rows, experts, slots, rescale, at<float>(logits), at<float>(weights),
+                          at<int64_t>(ids), nullptr, nullptr};
+        training_kernels(current_isa()).route_forward(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "logits [rows, E] -> weights and ids [rows, X]: the largest of the softmax, rescaled or not.");
+  m.def(
+      "route_backward",
+      [](int64_t rows, int64_t experts, int64_t slots, bool rescale, Address logits,
+         Address weights, Address ids, Address d_weights, Address d_logits) {
+        RouteCall call = {rows, experts, slots, rescale, at<float>(logits), at<float>(weights),
+                          at<int64_t>(ids), at<float>(d_weights), at<float>(d_logits)};
+        training_kernels(current_isa()).route_backward(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "As route_forward, with what it wrote and d_weights -> d_logits [rows, E].");
+  m.def(
+      "cross_entropy",
+      [](int64_t rows, int64_t vocabulary, bool half, bool slopes, Address logits, Address labels,
+         Address weights, Address loss, Address lse, Address hits) {
+        CrossEntropyCall call = {half ? Number::bf16 : Number::f32, rows, vocabulary,
+                                 at<void>(logits), at<int64_t>(labels), at<float>(weights), slopes,
+                                 at<float>(loss), at<float>(lse), at<bool>(hits)};
+        for (int64_t p = 0; p < rows; ++p) {
+          if (call.labels[p] < 0 || call.labels[p] >= vocabulary) {
+            throw std::out_of_range("labels: expected ids from 0 to " +
+                                    std::to_string(vocabulary - 1) + ", found " +
+                                    std::to_string(call.labels[p]) + ".");
+          }
+        }
+        training_kernels(current_isa()).cross_entropy(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "logits [rows, V], labels and weights [rows] -> loss, lse and hits (bool); with `slopes` the\n"
+      "logits become weight (softmax - label).");
+  m.def(
+      "adam",
+      [](int64_t count, Address master, Address first, Address second, Address gradient,
+         Address working, const std::vector<double>& numbers) {
+        const auto number = [&](size_t i) { return static_cast<float>(numbers.at(i)); };
+        const AdamCall call = {count, at<float>(master), at<float>(first), at<float>(second),
+                               at<float>(gradient), at<void>(working), number(0), number(1),
+                               number(2), number(3), number(4), number(5), number(6)};
+        training_kernels(current_isa()).adam(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "One step over `count` numbers; working is the address of a bfloat16 copy or 0. numbers:\n"
+      "scale of the gradient, what is kept of the master, both decays of the moments, the rate over\n"
+      "the correction of the first, 1 / sqrt of that of the second, epsilon.");
 }
 
 }  // namespace qnext

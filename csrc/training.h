@@ -77,6 +77,61 @@ struct AttentionCall {
   void* d_v;
 };
 
+// Zero-centred RMS norm: y = x / rms(x) * (1 + weight).
+struct NormCall {
+  Number number;  // of x, y and their gradients
+  int64_t rows, width;
+  int64_t stride;  // numbers from one row of x to the next; the other arrays have none
+  const void* x;
+  const float* weight;  // [width]
+  float eps;
+  void* y;
+  float* inverse;  // [rows], 1 / rms
+  const void* d_y;
+  void* d_x;        // [rows][width]
+  float* d_weight;
+};
+
+// Softmax over experts and the largest `slots` of it, the lower number first among equals.
+struct RouteCall {
+  int64_t rows, experts, slots;
+  bool rescale;         // divide by their sum
+  const float* logits;  // [rows][experts]
+  float* weights;       // [rows][slots]
+  int64_t* ids;
+  const float* d_weights;
+  float* d_logits;  // [rows][experts]
+};
+
+// Cross-entropy of rows of logits; they become their slopes where `slopes` is set.
+struct CrossEntropyCall {
+  Number number;
+  int64_t rows, vocabulary;
+  void* logits;           // [rows][vocabulary]
+  const int64_t* labels;  // [rows]
+  const float* weights;   // [rows]
+  bool slopes;            // weight (softmax - label) into logits
+  float* loss;            // [rows]
+  float* lse;
+  bool* hits;  // the label is the first of the largest
+};
+
+// One step of AdamW over one parameter.
+struct AdamCall {
+  int64_t count;
+  float* master;
+  float* first;
+  float* second;
+  const float* gradient;
+  void* working;  // bfloat16 copy of the master, or null
+  float scale;    // of the gradient
+  float keep;     // of the master: 1 - rate * decay
+  float a, b;     // of the moments
+  float rate;     // over the correction of the first moment
+  float size;     // 1 / sqrt of the correction of the second
+  float epsilon;
+};
+
 struct TrainingKernels {
   // Both false when there is no memory for the intermediate rows.
   bool (*experts_forward)(const ExpertsCall& call);
@@ -85,6 +140,12 @@ struct TrainingKernels {
   bool (*delta_backward)(const DeltaLayerCall& call);
   bool (*attention_forward)(const AttentionCall& call);
   bool (*attention_backward)(const AttentionCall& call);
+  void (*norm_forward)(const NormCall& call);
+  bool (*norm_backward)(const NormCall& call);
+  void (*route_forward)(const RouteCall& call);
+  void (*route_backward)(const RouteCall& call);
+  void (*cross_entropy)(const CrossEntropyCall& call);
+  void (*adam)(const AdamCall& call);
 };
 
 QNEXT_FAMILY(TrainingKernels, training_kernels)

@@ -178,6 +178,29 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
 
+class Route(Protocol):
+    """The experts of every token: the ``slots`` largest entries of the softmax, largest first.
+
+    With ``rescale`` the weights of a token are divided by their sum. Shapes: logits [P, E] float32
+    -> weights [P, X] float32, ids [P, X] int64.
+    """
+
+    def __call__(self, *, logits: Tensor, slots: int, rescale: bool) -> tuple[Tensor, Tensor]: ...
+
+
+class CrossEntropyRows(Protocol):
+    """Loss and logarithm of the mass of rows of logits, and whether the label is the likeliest.
+
+    With ``slopes`` the logits are overwritten by ``weight * (softmax - label)``, rounded to their
+    dtype; everything else is float32 (or wider). Shapes: logits [B, V], labels [B] int64, weights
+    [B] -> loss [B], lse [B], hits [B] bool.
+    """
+
+    def __call__(
+        self, *, logits: Tensor, labels: Tensor, weights: Tensor, slopes: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 BOUNDS: Mapping[str, float] = {
     "rms_norm": 1e-5,
     "rms_norm_zero_centred": 1e-5,
@@ -193,6 +216,8 @@ BOUNDS: Mapping[str, float] = {
     "attention": 1e-5,
     "attention_paged": 1e-5,
     "experts": 1e-5,
+    "route": 1e-5,
+    "cross_entropy_rows_": 1e-5,
 }
 """Largest difference to the reference, relative to the reference's RMS, for float32 inputs."""
 
@@ -253,5 +278,7 @@ class Ops:
     attention: Attention
     attention_paged: PagedAttention
     experts: Experts
+    route: Route
+    cross_entropy_rows_: CrossEntropyRows
     report: tuple[str, ...]
     """One line per op: the backend that runs and why the preferred ones do not."""

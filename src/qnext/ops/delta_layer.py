@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
-from qnext.ops.experts_native import KERNEL_TYPES, addresses
+from qnext.ops.native_call import KERNEL_TYPES, addresses
 from qnext.ops.segments import Segments
 
 CHUNK, WIDE_CHUNK = 32, 64

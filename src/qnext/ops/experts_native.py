@@ -10,8 +10,7 @@ from torch import Tensor
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
 from qnext.ops.moe import experts_training
-
-KERNEL_TYPES = (torch.float32, torch.bfloat16)
+from qnext.ops.native_call import KERNEL_TYPES, addresses
 
 
 class _Experts(torch.autograd.Function):
@@ -47,13 +46,6 @@ class _Experts(torch.autograd.Function):
             ctx.shape, ctx.half, *addresses(*kept, d_y.contiguous(), *written)
         )
         return d_h, None, d_weights, d_gate_up, d_down
-
-
-def addresses(*tensors: Tensor) -> tuple[int, ...]:
-    """Where contiguous tensors on the CPU begin; the caller keeps them alive during the call."""
-    for x in tensors:
-        assert x.is_contiguous() and x.device.type == "cpu", (x.shape, x.stride(), x.device)
-    return tuple(x.data_ptr() for x in tensors)
 
 
 def experts_native(

@@ -14,6 +14,7 @@ from qnext.ops import (
     attention,
     attention_native,
     conv,
+    cross_entropy,
     delta_layer,
     elementwise,
     experts_native,
@@ -21,7 +22,9 @@ from qnext.ops import (
     linear,
     moe,
     norm,
+    norm_native,
     rope,
+    route,
 )
 from qnext.ops.contracts import Impl, Ops, OpSpec, native_for_gradients, only_for_gradients
 
@@ -35,7 +38,13 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     **delta_layer.IMPLS,
     **attention.IMPLS,
     **moe.IMPLS,
+    **route.IMPLS,
+    **cross_entropy.IMPLS,
     "attention": (*attention_native.IMPLS["attention"], *attention.IMPLS["attention"]),
+    "rms_norm_zero_centred": (
+        *norm_native.IMPLS["rms_norm_zero_centred"],
+        *norm.IMPLS["rms_norm_zero_centred"],
+    ),
     "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
 JOINED = {"delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated")}
@@ -61,8 +70,8 @@ def select(spec: OpSpec | None = None, prefer: Mapping[str, str] | None = None) 
     report = []
     for op in OP_NAMES:
         name = wanted.get(op, wanted.get("all"))
-        if op not in wanted and any(part in wanted for part in JOINED.get(op, ())):
-            name = "reference"
+        if op in JOINED and op not in wanted and (name or any(x in wanted for x in JOINED[op])):
+            name = name if name == "native" else "reference"
         impl, refusals = _choose(op, spec, name, op in wanted)
         chosen[op] = impl.load()
         why = f" ({'; '.join(refusals)})" if refusals else ""

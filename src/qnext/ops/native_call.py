@@ -1,0 +1,13 @@
+"""What calls of native kernels share: the types they take, and how tensors are handed over."""
+
+import torch
+from torch import Tensor
+
+KERNEL_TYPES = (torch.float32, torch.bfloat16)
+
+
+def addresses(*tensors: Tensor) -> tuple[int, ...]:
+    """Where contiguous tensors on the CPU begin; the caller keeps them alive during the call."""
+    for x in tensors:
+        assert x.is_contiguous() and x.device.type == "cpu", (x.shape, x.stride(), x.device)
+    return tuple(x.data_ptr() for x in tensors)

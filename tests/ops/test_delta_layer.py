@@ -1,0 +1,157 @@
+"""A delta layer in one native call against its ops one after the other: values and gradients."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from qnext import native
+from qnext.config import ModelConfig
+from qnext.model.deltanet import GatedDeltaNet
+from qnext.ops import OpSpec, Segments, select
+from qnext.ops.delta_layer import CHUNK
+
+pytestmark = pytest.mark.skipif(native.unfit() is not None, reason=str(native.unfit()))
+
+IN_PARTS = {"delta_layer": "reference"}
+WIDTH = 24
+
+
+def layer(
+    prefer: dict[str, str] | None = None,
+    *,
+    heads: tuple[int, int] = (2, 2),
+    dims: tuple[int, int] = (8, 12),
+    taps: int = 4,
+) -> GatedDeltaNet:
+    """A layer with drawn weights; ``heads`` are key heads and value heads of each."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "qwen3_next", "vocab_size": 32, "hidden_size": WIDTH,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+            "linear_num_key_heads": heads[0], "linear_num_value_heads": heads[0] * heads[1],
+            "linear_key_head_dim": dims[0], "linear_value_head_dim": dims[1],
+            "linear_conv_kernel_dim": taps,
+        }
+    )  # fmt: skip
+    module = GatedDeltaNet(config, 0, select(OpSpec(grad=True), prefer))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.normal_(0, 1.0 if name == "A_log" else 0.3, generator=generator)
+            if name == "norm.weight":
+                parameter.add_(1.0)
+    return module
+
+
+def results(
+    module: GatedDeltaNet, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Output and gradients of a random function of it."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    h = torch.randn(sum(lengths), WIDTH, generator=generator).to(dtype).requires_grad_()
+    if dtype == torch.float64:
+        module = module.double()
+    if dtype == torch.bfloat16:
+        for name, parameter in module.named_parameters():
+            if not name.endswith(("A_log", "dt_bias", "norm.weight")):
+                parameter.data = parameter.data.bfloat16()
+    out = module(h, SimpleNamespace(segments=Segments.of(lengths)), None)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    named = {"h": h, **dict(module.named_parameters())}
+    grads = torch.autograd.grad((out.double() * weight).sum(), list(named.values()))
+    return {"out": out.detach(), **dict(zip(named, grads, strict=True))}
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-20))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(1,), (1, 1, 1), (2, 1, 3), (CHUNK,), (CHUNK - 1, CHUNK, CHUNK + 1), (0, 5, 0), (67, 0, 130)],
+    ids=str,
+)
+def test_equals_its_ops(lengths):
+    want = results(layer(IN_PARTS), lengths, torch.float64)
+    for name, got in results(layer(), lengths).items():
+        assert distance(got, want[name]) < 2e-5, name
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 2), (2, 4)])
+@pytest.mark.parametrize("dims", [(8, 12), (16, 4), (5, 7), (1, 1), (64, 64), (96, 20)], ids=str)
+def test_heads_and_sizes(heads, dims):
+    shape = {"heads": heads, "dims": dims}
+    want = results(layer(IN_PARTS, **shape), (40, 3), torch.float64)
+    for name, got in results(layer(**shape), (40, 3)).items():
+        assert distance(got, want[name]) < 2e-5, name
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 6])
+def test_taps(taps):
+    want = results(layer(IN_PARTS, taps=taps), (2, 40, 1), torch.float64)
+    for name, got in results(layer(taps=taps), (2, 40, 1)).items():
+        assert distance(got, want[name]) < 2e-5, name
+
+
+def test_bfloat16_is_as_near_as_its_ops():
+    lengths = (100, 31)
+    exact = layer(IN_PARTS)
+    for parameter in exact.parameters():  # the numbers bfloat16 holds
+        parameter.data = parameter.data.bfloat16().float()
+    want = results(exact, lengths, torch.float64)
+    plain = results(layer(IN_PARTS), lengths, torch.bfloat16)
+    for name, got in results(layer(), lengths, torch.bfloat16).items():
+        assert got.dtype == plain[name].dtype
+        assert distance(got, want[name]) < 1.5 * distance(plain[name], want[name]) + 5e-3, name
+
+
+def test_documents_do_not_see_each_other():
+    """Packed, every document has bit for bit what it has alone, and so have gradients of rows."""
+    lengths = (5, 40, 1, 31, 2, 64, 33)
+    module = layer()
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(sum(lengths), WIDTH, generator=generator)
+
+    def run(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        leaf = rows.clone().requires_grad_()
+        qkvz, ba = module.in_proj_qkvz.weight, module.in_proj_ba.weight
+        assert module.ops.delta_layer is not None
+        out = module.ops.delta_layer(
+            # Products of a library may round by the number of rows: one row at a time here.
+            qkvz=torch.stack([qkvz @ row for row in leaf]), ba=torch.stack([ba @ row for row in leaf]),
+            conv_weight=module.conv1d.weight.squeeze(1), A_log=module.A_log,
+            dt_bias=module.dt_bias, norm_weight=module.norm.weight, eps=1e-6, key_heads=2,
+            segments=Segments.of(sizes),
+        )  # fmt: skip
+        assert out is not None
+        return out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]
+
+    whole, slopes = run(h, lengths)
+    start = 0
+    for length in lengths:
+        alone, slope = run(h[start : start + length], (length,))
+        assert torch.equal(whole[start : start + length], alone)
+        assert torch.equal(slopes[start : start + length], slope)
+        start += length
+
+
+def test_decay_that_underflows_stays_finite():
+    module, plain = layer(), layer(IN_PARTS)
+    for one in (module, plain):
+        one.A_log.data.fill_(5.0)
+        one.dt_bias.data.fill_(3.0)
+    want = results(plain, (70, 3), torch.float64)
+    for name, got in results(module, (70, 3)).items():
+        assert torch.isfinite(got).all(), name
+        assert distance(got, want[name]) < 1e-4 or want[name].abs().max() < 1e-6, name
+
+
+def test_no_tokens():
+    assert layer()(torch.zeros(0, WIDTH), SimpleNamespace(segments=Segments.of((0,))), None).shape == (
+        0,
+        WIDTH,
+    )
