@@ -122,7 +122,8 @@ def test_documents_do_not_see_each_other():
         assert module.ops.delta_layer is not None
         out = module.ops.delta_layer(
             # Products of a library may round by the number of rows: one row at a time here.
-            qkvz=torch.stack([qkvz @ row for row in leaf]), ba=torch.stack([ba @ row for row in leaf]),
+            qkvz=torch.stack([qkvz @ row for row in leaf]),
+            ba=torch.stack([ba @ row for row in leaf]),
             conv_weight=module.conv1d.weight.squeeze(1), A_log=module.A_log,
             dt_bias=module.dt_bias, norm_weight=module.norm.weight, eps=1e-6, key_heads=2,
             segments=Segments.of(sizes),
@@ -151,7 +152,5 @@ def test_decay_that_underflows_stays_finite():
 
 
 def test_no_tokens():
-    assert layer()(torch.zeros(0, WIDTH), SimpleNamespace(segments=Segments.of((0,))), None).shape == (
-        0,
-        WIDTH,
-    )
+    batch = SimpleNamespace(segments=Segments.of((0,)))
+    assert layer()(torch.zeros(0, WIDTH), batch, None).shape == (0, WIDTH)

@@ -71,7 +71,9 @@ def linear_cross_entropy(
         weights = x.new_ones(x.shape[0], dtype=torch.float32)
     used = torch.nonzero(weights).flatten()
     if used.shape[0] == x.shape[0]:
-        return CrossEntropy(*_LinearCrossEntropy.apply(x, weight, labels, weights, block_bytes, rows_op))
+        return CrossEntropy(
+            *_LinearCrossEntropy.apply(x, weight, labels, weights, block_bytes, rows_op)
+        )
     total, *rows = _LinearCrossEntropy.apply(
         x[used], weight, labels[used], weights[used], block_bytes, rows_op
     )

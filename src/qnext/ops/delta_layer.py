@@ -6,6 +6,8 @@ one after the other, so that no border needs a mask. Without the kernel, or with
 take, the model calls the ops one after the other: they are the reference.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class _DeltaLayer(torch.autograd.Function):
         K = (qkvz.shape[1] - 2 * W * M) // (2 * key_heads)
         chunk = CHUNK if max(K, M) <= 64 else WIDE_CHUNK
         shape = (key_heads, W, K, M, conv.shape[1], chunk)
-        chunks = sum(-(-(b - a) // chunk) for a, b in zip(starts, starts[1:], strict=False))
+        chunks = sum(-(-(b - a) // chunk) for a, b in pairwise(starts))
         kept = [x.contiguous() for x in (qkvz, ba, conv.float(), A_log, dt_bias, norm)]
         kept += [norm.new_empty(chunks, W, K, M), *norm.new_empty(2, P, W, M).unbind()]
         y = qkvz.new_empty(P, W * M)
@@ -73,9 +75,7 @@ def delta_layer_native(
 
 IMPLS = {
     "delta_layer": (
-        Impl(
-            backend="native", load=lambda: delta_layer_native, unfit=native_for_gradients
-        ),
+        Impl(backend="native", load=lambda: delta_layer_native, unfit=native_for_gradients),
         Impl(backend="reference", load=lambda: None),
     ),
 }

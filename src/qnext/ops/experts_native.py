@@ -60,7 +60,5 @@ def experts_native(
 
 
 IMPLS = {
-    "experts": (
-        Impl(backend="native", load=lambda: experts_native, unfit=native_for_gradients),
-    ),
+    "experts": (Impl(backend="native", load=lambda: experts_native, unfit=native_for_gradients),),
 }

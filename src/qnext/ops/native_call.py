@@ -9,5 +9,6 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16)
 def addresses(*tensors: Tensor) -> tuple[int, ...]:
     """Where contiguous tensors on the CPU begin; the caller keeps them alive during the call."""
     for x in tensors:
-        assert x.is_contiguous() and x.device.type == "cpu", (x.shape, x.stride(), x.device)
+        assert x.is_contiguous(), (x.shape, x.stride())
+        assert x.device.type == "cpu", x.device
     return tuple(x.data_ptr() for x in tensors)
