@@ -213,6 +213,7 @@ BOUNDS: Mapping[str, float] = {
     "gated_delta_verify": 1e-5,
     "gated_delta_chunk": 2e-5,
     "gated_delta_whole": 2e-5,
+    "delta_layer": 2e-5,
     "attention": 1e-5,
     "attention_paged": 1e-5,
     "experts": 1e-5,
