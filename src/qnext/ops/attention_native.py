@@ -6,7 +6,7 @@ from torch import Tensor
 from qnext import native
 from qnext.ops.attention import attention_training
 from qnext.ops.contracts import Impl, native_for_gradients
-from qnext.ops.native_call import KERNEL_TYPES, addresses
+from qnext.ops.native_call import addresses, taken
 from qnext.ops.segments import Segments
 
 
@@ -37,7 +37,7 @@ def attention_native(
 ) -> Tensor:
     """Float32 and bfloat16 in one native call; other types and odd heads as ``training`` does."""
     odd = q.dtype == torch.bfloat16 and q.shape[2] % 2
-    if q.dtype not in KERNEL_TYPES or not q.dtype == k.dtype == v.dtype or odd or scale <= 0:
+    if not taken(q, k, v) or odd or scale <= 0:
         return attention_training(q=q, k=k, v=v, scale=scale, segments=segments)
     return _Attention.apply(q, k, v, scale, segments.starts)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qnext import native
 from qnext.ops.contracts import CrossEntropyRows, Impl, native_for_gradients
-from qnext.ops.native_call import KERNEL_TYPES, addresses
+from qnext.ops.native_call import addresses, taken
 
 BLOCK_BYTES = 32 << 20
 """Float32 logits alive at once. Every block adds to the whole gradient of the head, so that small
@@ -195,7 +195,7 @@ def cross_entropy_rows_native_(
     *, logits: Tensor, labels: Tensor, weights: Tensor, slopes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in one native call; types other than float32 and bfloat16 as the reference does."""
-    if logits.dtype not in KERNEL_TYPES or not logits.is_contiguous():
+    if not taken(logits) or not logits.is_contiguous():
         return cross_entropy_rows_reference_(
             logits=logits, labels=labels, weights=weights, slopes=slopes
         )

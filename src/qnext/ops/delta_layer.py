@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
-from qnext.ops.native_call import KERNEL_TYPES, addresses
+from qnext.ops.native_call import addresses, taken
 from qnext.ops.segments import Segments
 
 CHUNK, WIDE_CHUNK = 32, 64
@@ -65,7 +65,7 @@ def delta_layer_native(
     segments: Segments,
 ) -> Tensor | None:
     """The contract of ``DeltaLayer``; None for types other than float32 and bfloat16."""
-    if qkvz.dtype not in KERNEL_TYPES or ba.dtype != qkvz.dtype:
+    if not taken(qkvz, ba):
         return None
     return _DeltaLayer.apply(
         qkvz, ba, conv_weight, A_log.float(), dt_bias.float(), norm_weight.float(), eps, key_heads,

@@ -10,7 +10,7 @@ from torch import Tensor
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
 from qnext.ops.moe import experts_training
-from qnext.ops.native_call import KERNEL_TYPES, addresses
+from qnext.ops.native_call import addresses, taken
 
 
 class _Experts(torch.autograd.Function):
@@ -52,9 +52,8 @@ def experts_native(
     *, h: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """Float32 and bfloat16 in one native call; other types and odd widths as ``training`` does."""
-    numbers = (h.dtype, gate_up.dtype, down.dtype)
     odd = h.dtype == torch.bfloat16 and (h.shape[1] % 2 or down.shape[2] % 2)
-    if h.dtype not in KERNEL_TYPES or len(set(numbers)) > 1 or odd or not h.shape[0]:
+    if not taken(h, gate_up, down) or odd or not h.shape[0]:
         return experts_training(h=h, ids=ids, weights=weights, gate_up=gate_up, down=down)
     return _Experts.apply(h, ids, weights.float(), gate_up, down)
 

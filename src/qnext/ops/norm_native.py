@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
-from qnext.ops.native_call import KERNEL_TYPES, addresses
+from qnext.ops.native_call import addresses, taken
 from qnext.ops.norm import rms_norm_zero_centred_training
 
 
@@ -46,7 +46,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 def rms_norm_zero_centred_native(*, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Float32 and bfloat16 in one native call; other types as ``training`` does."""
-    if x.dtype not in KERNEL_TYPES:
+    if not taken(x):
         return rms_norm_zero_centred_training(x=x, weight=weight, eps=eps)
     return _ZeroCentred.apply(x, weight, eps)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qnext import native
 from qnext.ops.contracts import Impl, native_for_gradients
-from qnext.ops.native_call import addresses
+from qnext.ops.native_call import addresses, taken
 
 
 def route_reference(*, logits: Tensor, slots: int, rescale: bool) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ class _Route(torch.autograd.Function):
 
 def route_native(*, logits: Tensor, slots: int, rescale: bool) -> tuple[Tensor, Tensor]:
     """One native pass over the logits each way; types other than float32 as the reference does."""
-    if logits.dtype != torch.float32:
+    if logits.dtype != torch.float32 or not taken(logits):
         return route_reference(logits=logits, slots=slots, rescale=rescale)
     return _Route.apply(logits, slots, rescale)
 
