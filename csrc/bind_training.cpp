@@ -284,7 +284,7 @@ void bind_training(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "One step over `count` numbers; working is the address of a bfloat16 copy or 0. numbers:\n"
-      "scale of the gradient, what is kept of the master, both decays of the moments, the rate over\n"
+      "scale of the gradient, what is kept of the master, 1 - beta of both moments, the rate over\n"
       "the correction of the first, 1 / sqrt of that of the second, epsilon.");
 }
 

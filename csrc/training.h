@@ -126,7 +126,7 @@ struct AdamCall {
   void* working;  // bfloat16 copy of the master, or null
   float scale;    // of the gradient
   float keep;     // of the master: 1 - rate * decay
-  float a, b;     // of the moments
+  float a, b;     // shares of the new gradient in the moments: 1 - beta
   float rate;     // over the correction of the first moment
   float size;     // 1 / sqrt of the correction of the second
   float epsilon;

@@ -182,8 +182,8 @@ void route_backward(const RouteCall& c) {
 }
 
 void adam(const AdamCall& c) {
-  const Vec scale = Vec::set(c.scale), keep = Vec::set(c.keep), a = Vec::set(1.0f - c.a);
-  const Vec b = Vec::set(c.b), fresh = Vec::set(1.0f - c.b), rate = Vec::set(c.rate);
+  const Vec scale = Vec::set(c.scale), keep = Vec::set(c.keep), a = Vec::set(c.a);
+  const Vec b = Vec::set(1.0f - c.b), fresh = Vec::set(c.b), rate = Vec::set(c.rate);
   const Vec size = Vec::set(c.size), epsilon = Vec::set(c.epsilon);
   bf16* working = static_cast<bf16*>(c.working);
   for (int64_t i = 0; i < c.count; i += Vec::width) {

@@ -62,7 +62,7 @@ def adam_(
         return
     a, b = step.betas
     numbers = (
-        step.scale, 1.0 - step.rate * step.decay, a, b, step.rate / (1 - a**step.age),
+        step.scale, 1.0 - step.rate * step.decay, 1 - a, 1 - b, step.rate / (1 - a**step.age),
         1 / math.sqrt(1 - b**step.age), step.epsilon,
     )  # fmt: skip
     copy = 0 if shared else working.data_ptr()
