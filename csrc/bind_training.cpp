@@ -273,7 +273,7 @@ void bind_training(nb::module_& m) {
       "logits [rows, V], labels and weights [rows] -> loss, lse and hits (bool); with `slopes` the\n"
       "logits become weight (softmax - label).");
   m.def(
-      "adam",
+      "adam_step",
       [](int64_t count, Address master, Address first, Address second, Address gradient,
          Address working, const std::vector<double>& numbers) {
         const auto number = [&](size_t i) { return static_cast<float>(numbers.at(i)); };

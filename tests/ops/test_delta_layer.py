@@ -12,7 +12,9 @@ from qnext.model.deltanet import GatedDeltaNet
 from qnext.ops import OpSpec, Segments, select
 from qnext.ops.delta_layer import CHUNK
 
-pytestmark = pytest.mark.skipif(native.unfit() is not None, reason=str(native.unfit()))
+pytestmark = pytest.mark.skipif(
+    native.unfit_for_training() is not None, reason=str(native.unfit_for_training())
+)
 
 IN_PARTS = {"delta_layer": "reference"}
 WIDTH = 24

@@ -151,9 +151,15 @@ class TestTraining:
     def test_native_passes_come_first_where_they_are_built(self, monkeypatch):
         found = {line.partition(":")[0]: line for line in select(OpSpec(grad=True)).report}
         for op in ("experts", "attention", "delta_layer"):
-            expected = "native" if native.unfit() is None else "(native: the native kernels are"
+            expected = (
+                "native"
+                if native.unfit_for_training() is None
+                else "(native: the native kernels are"
+            )
             assert expected in found[op]
-        monkeypatch.setattr(native, "unfit", lambda: "the native kernels are not installed.")
+        monkeypatch.setattr(
+            native, "unfit_for_training", lambda: "the native kernels are not installed."
+        )
         report = select(OpSpec(grad=True)).report
         assert "experts: training (native: the native kernels are not installed.)" in report
         assert "delta_layer: reference (native: the native kernels are not installed.)" in report

@@ -54,7 +54,7 @@ def adam_(
     )
     shared = working.data_ptr() == master.data_ptr()
     half = working.dtype == torch.bfloat16 and working.is_contiguous()
-    if native.unfit() is not None or not simple or not (shared or half):
+    if native.unfit_for_training() is not None or not simple or not (shared or half):
         adam_reference_(
             master=master, first=first, second=second, grad=grad,
             working=master if shared else working, step=step,
@@ -66,4 +66,4 @@ def adam_(
         1 / math.sqrt(1 - b**step.age), step.epsilon,
     )  # fmt: skip
     copy = 0 if shared else working.data_ptr()
-    native.load().adam(master.numel(), *addresses(*tensors), copy, numbers)
+    native.load().adam_step(master.numel(), *addresses(*tensors), copy, numbers)

@@ -243,7 +243,7 @@ def native_for_gradients(spec: OpSpec) -> str | None:
         return "no gradients are asked for."
     if spec.device != "cpu":
         return f"it was made for the CPU, not for {spec.device}."
-    return native.unfit()
+    return native.unfit_for_training()
 
 
 @dataclass(frozen=True, kw_only=True)
