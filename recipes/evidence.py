@@ -130,6 +130,9 @@ class TextAndRecallSource:
         rng = np.random.default_rng([self.need.seed, step])
         return [self._micro(rng) for _ in range(self.need.batch_tokens // self.need.micro_tokens)]
 
+    def digest(self) -> None:
+        return None
+
     def _micro(self, rng: np.random.Generator) -> TrainBatch:
         rows, size = [], 0
         while size < self.need.micro_tokens - ROW:

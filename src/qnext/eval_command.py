@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qnext.errors import DataError
     from qnext.eval.plots import draw
     from qnext.eval.run import TASKS, Options, evaluate, table
-    from qnext.eval.text_tasks import write_json
     from qnext.weights.folder import resolve_model
+    from qnext.weights.shards import write_json
 
     for name in ("items", "needles"):
         if getattr(arguments, name) < 1:
@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     record = evaluate(options)
     print(table(record))
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, record)
     if arguments.plots:
         for path in draw(record, arguments.plots):

@@ -79,6 +79,18 @@ def mixture(folder: Path, **options: object) -> PackedMixture:
     return Mixture(folder=str(folder / "train"), shares=shares, whole=("c",)).open(Need())  # type: ignore[arg-type]
 
 
+def test_a_mixture_tells_whether_its_data_are_the_same(prepared: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    assert mixture(copy).digest() == mixture(prepared).digest()
+    shutil.rmtree(copy / "train" / "a")
+    shutil.copytree(copy / "train" / "b", copy / "train" / "a")
+    description = copy / "train" / "a" / "shard.json"
+    told = json.loads(description.read_text(encoding="utf-8"))
+    description.write_text(json.dumps({**told, "name": "a"}), encoding="utf-8")
+    assert mixture(copy).digest() != mixture(prepared).digest()
+
+
 # -- shards --------------------------------------------------------------------------------------
 
 

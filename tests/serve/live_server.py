@@ -31,14 +31,30 @@ class Live:
         health = self.client.get("/health").json()
         return health["running"] + health["waiting"]
 
-    def wait_until(self, *, busy: int, timeout_s: float = 20.0) -> None:
+    @contextmanager
+    def slowed(self, step_s: float = 0.02) -> Iterator[None]:
+        """Every step takes at least so long, so that answers are long ones on any machine."""
+        engine = self.llm.engine
+        step = engine.step
+
+        def slowly():
+            time.sleep(step_s)
+            return step()
+
+        engine.step = slowly
+        try:
+            yield
+        finally:
+            engine.step = step
+
+    def wait_until(self, *, busy: int, timeout_s: float = 60.0) -> None:
         """Return when so many requests are in the engine; fails when that does not happen."""
         end = time.monotonic() + timeout_s
         while (found := self.busy()) != busy:
             assert time.monotonic() < end, f"{found} requests in the engine, not {busy}"
             time.sleep(0.02)
 
-    def wait_until_prepared(self, timeout_s: float = 20.0) -> dict[str, int]:
+    def wait_until_prepared(self, timeout_s: float = 60.0) -> dict[str, int]:
         """Return when no later turn is left to prepare: what the server says it prepared."""
         end = time.monotonic() + timeout_s
         while (found := self.client.get("/health").json()["background_prefill"])["pending"]:

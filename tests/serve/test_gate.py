@@ -20,7 +20,9 @@ KEYS = ("first-key-1234", "second-key-5678")
 
 
 def hello(**fields) -> dict:
-    return {"messages": [{"role": "user", "content": "the secret fox"}], "max_tokens": 4, **fields}
+    """A request whose answer is the same every time."""
+    messages = [{"role": "user", "content": "the secret fox"}]
+    return {"messages": messages, "max_tokens": 4, "temperature": 0, **fields}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def guarded(tiny_folder):
 def test_every_route_asks_for_one_of_the_keys(path, headers, status, guarded) -> None:
     method = "POST" if path in (CHAT, "/v1/messages") else "GET"
     body = hello() if method == "POST" else None
-    answer = httpx.request(method, guarded.url + path, headers=headers, json=body, timeout=30)
+    answer = httpx.request(method, guarded.url + path, headers=headers, json=body, timeout=60)
     assert answer.status_code == status
     if status == 401:
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -97,8 +99,9 @@ def test_all_names_of_the_model_are_known(guarded) -> None:
 
 def test_a_full_queue_is_refused_with_a_time_to_come_back(guarded) -> None:
     long = hello(max_tokens=400, ignore_eos=True, stream=True)
-    with guarded.client.stream("POST", CHAT, json=long) as one:
-        next(one.iter_lines())
+    with guarded.slowed(), guarded.client.stream("POST", CHAT, json=long) as one:
+        lines = one.iter_lines()  # kept, because dropping it would close the stream
+        next(lines)
         refused = guarded.client.post(CHAT, json=hello())
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"
@@ -110,7 +113,7 @@ def test_a_full_queue_is_refused_with_a_time_to_come_back(guarded) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_ended(stream, tiny_folder) -> None:
     llm = LLM(tiny_folder, backend="torch")
-    with running(llm, limits=Limits(timeout_s=0.05)) as live:
+    with running(llm, limits=Limits(timeout_s=0.05)) as live, live.slowed():
         body = hello(max_tokens=480, ignore_eos=True, stream=stream)
         answer = live.client.post(CHAT, json=body)
         assert answer.status_code == (200 if stream else 504)
@@ -134,7 +137,8 @@ def test_the_log_has_a_line_per_request_and_text_only_when_asked(
     caplog.set_level(logging.INFO, "qnext.serve.requests")
     rules = Rules(log_prompts=shows)
     with running(LLM(tiny_folder, backend="torch"), rules=rules) as live:
-        live.client.post(CHAT, json=hello(user="me"), headers={"x-request-id": "mine"})
+        body = hello(user="me", ignore_eos=True)
+        live.client.post(CHAT, json=body, headers={"x-request-id": "mine"})
         live.client.post(CHAT, json={"messages": 3})
         live.client.get("/health")
     fine, refused = (record.fields for record in caplog.records if hasattr(record, "fields"))
@@ -170,7 +174,8 @@ def test_lines_of_the_log_stay_lines(form, capsys) -> None:
 
 def test_metrics_add_up(tiny_folder) -> None:
     with running(LLM(tiny_folder, backend="torch")) as live:
-        usages = [live.client.post(CHAT, json=hello(n=2)).json()["usage"] for _ in range(2)]
+        body = hello(n=2, temperature=1, seed=0, ignore_eos=True)  # each of the four is 4 tokens
+        usages = [live.client.post(CHAT, json=body).json()["usage"] for _ in range(2)]
         live.client.post(CHAT, json={"messages": 3})
         live.wait_until(busy=0)
         page = live.client.get("/metrics")

@@ -1,6 +1,7 @@
 """Many streams at once, of clients that come and go: everybody gets the own text, nothing leaks."""
 
 import asyncio
+import itertools
 import json
 import random
 import re
@@ -19,6 +20,8 @@ from qnext import LLM, SamplingParams
 CHAT = "/v1/chat/completions"
 TOKENS = 24
 TOPICS = ("fox", "moon", "river", "king", "garden", "winter", "ship", "bread")
+LEAVES = (1, 1, 2, 4, 8, 16)
+"""After how many pieces of an answer those who leave do so; the first piece has no text yet."""
 PROMPTS = [f"Tell me {i} things about the {topic}." for topic in TOPICS for i in (2, 3, 7)]
 MAX_GROWTH = 48 << 20
 """Bytes a server may be larger after the load: buffers of connections, fragments of the heap."""
@@ -95,11 +98,13 @@ async def visit(port: int, prompt: str, expected: str, leaves_after: int | None,
 async def visitors(port: int, streams: int, seconds: float, expected: list[str]) -> Tally:
     """So many clients at any time, a third of whom leave early; and one who asks for the health."""
     tally, end, chance = Tally(), time.monotonic() + seconds, random.Random(0)
+    visits = itertools.count()
 
     async def client() -> None:
         while time.monotonic() < end:
             which = chance.randrange(len(PROMPTS))
-            leaves = chance.randrange(1, TOKENS) if chance.random() < 1 / 3 else None
+            number, stays = divmod(next(visits), 3)
+            leaves = None if stays else LEAVES[number % len(LEAVES)]
             await visit(port, PROMPTS[which], expected[which], leaves, tally)
 
     # In a process of its own: here it would wait for the other clients.

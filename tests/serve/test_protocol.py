@@ -272,7 +272,8 @@ def test_the_command_serves_until_it_is_interrupted(tiny_folder) -> None:
     line = process.stdout.readline()
     url = re.search(r"http://\S+", line).group()
     assert httpx.get(f"{url}/health", timeout=60).json()["status"] == "ok"
-    answer = httpx.post(f"{url}{CHAT}", json=hello(max_tokens=3), timeout=60)
+    body = hello(max_tokens=3, temperature=0, ignore_eos=True)
+    answer = httpx.post(f"{url}{CHAT}", json=body, timeout=60)
     assert answer.status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130

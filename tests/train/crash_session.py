@@ -99,9 +99,9 @@ def arm(moment: str, draw: random.Random) -> None:
     elif moment == "file":
         state.write_file = on_call(draw.randint(1, 4), half_a_file, real_write_file)
     elif moment == "manifest":
-        real = state._write_json
+        real = state.write_json
         # State and manifest by turns.
-        state._write_json = on_call(2 * draw.randint(1, 2), lambda *a: die(), real)
+        state.write_json = on_call(2 * draw.randint(1, 2), lambda *a: die(), real)
     elif moment == "before rename":
         real = Path.rename
         Path.rename = on_call(draw.randint(1, 2), lambda *a: die(), real)

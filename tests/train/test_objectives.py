@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from tests.model.parity import NEXT
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -22,31 +23,7 @@ from qnext.train.batch import TrainBatch
 from qnext.train.forward import main_rows, mtp_index, mtp_lengths, mtp_rows
 from qnext.train.losses import Denominators, Losses, fractions, objectives, router_count
 
-RAW = {
-    "model_type": "qwen3_next",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 24,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-    "num_nextn_predict_layers": 1,
-    "use_cache": False,
-}
+RAW = {**NEXT, "vocab_size": 61, "num_nextn_predict_layers": 1}
 WEIGHTS = {"mtp_weights": (0.3, 0.2, 0.1), "balance": 0.05, "z": 0.01}
 
 

@@ -17,6 +17,7 @@ from qnext.train.recipe import Guard, Recipe, changed
 from qnext.train.step import StepResult
 from qnext.train.telemetry import read_log
 from qnext.train.trainer import Trainer
+from qnext.weights.shards import checksum
 
 
 def train(recipe: Recipe, folder: Path, **options: Any) -> tuple[Trainer, list[str]]:
@@ -214,14 +215,14 @@ def test_another_recipe_or_machine_is_refused_unless_allowed(unfinished: Path) -
         Trainer(changed(tiny_recipe(), ["model.hidden_size=32"]), unfinished, resume=True).run()
     newest = state.checkpoint_paths(unfinished)[-1] / "state.json"
     raw = json.loads(newest.read_text())
-    raw["fingerprint"]["threads"] = 64
+    raw["fingerprint"] |= {"threads": 64, "data of S1": "abc"}
     newest.write_text(json.dumps(raw))
     manifest = json.loads((newest.parent / "MANIFEST.json").read_text())
     manifest["files"]["state.json"] = {
-        "bytes": newest.stat().st_size, "sha256": state._sha256(newest)
+        "bytes": newest.stat().st_size, "sha256": checksum(newest)
     }  # fmt: skip
     (newest.parent / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(TrainingError, match="threads was 64, is 1"):
+    with pytest.raises(TrainingError, match="data of S1 was 'abc', is None; threads was 64, is 1"):
         Trainer(tiny_recipe(), unfinished, resume=True).run()
     _, said = train(other, unfinished, resume=True, allow_drift=True)
     assert "going on with differences" in said[0]

@@ -69,6 +69,9 @@ class CountingSource:
             self._micro(rng, step) for _ in range(self.need.batch_tokens // self.need.micro_tokens)
         ]
 
+    def digest(self) -> None:
+        return None
+
     def _micro(self, rng: np.random.Generator, step: int) -> TrainBatch:
         left, documents = self.need.micro_tokens, []
         while left > 0:

@@ -1,6 +1,5 @@
 """Likelihoods of text: bits per byte of held-out documents, minimal pairs, drafts of the head."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,11 +190,3 @@ def teacher_forced(model: CausalLM, texts: list[list[int]]) -> dict[str, Any]:
         "right": round(right / total, 4),
         "tokens": total,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a file beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

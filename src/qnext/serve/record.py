@@ -17,6 +17,8 @@ class Record:
     id: str
     route: str = ""
     """The path as the application knows it."""
+    owner: bytes = b""
+    """Digest of the key it came with; empty where the server asks for none."""
     answer: str | None = None
     """Id of the answer."""
     stream: bool = False

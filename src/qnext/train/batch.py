@@ -164,3 +164,7 @@ class DataSource(Protocol):
     def micro_batches(self, step: int) -> Sequence[TrainBatch]:
         """The micro-batches whose gradients together make optimiser step ``step`` (from 0)."""
         ...
+
+    def digest(self) -> str | None:
+        """Changes when the stored data do; None for batches made by rule."""
+        ...

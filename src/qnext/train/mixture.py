@@ -11,6 +11,7 @@ cut, and the remainder goes on in a later micro-batch. Conversations are never c
 """
 
 import hashlib
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -183,6 +184,11 @@ class PackedMixture:
                     "are left out.", name, long, len(self.streams[name].lengths), micro_tokens,
                 )  # fmt: skip
         self._blocks: OrderedDict[int, list[list[Piece]]] = OrderedDict()
+
+    def digest(self) -> str:
+        """SHA-256 over the checksums of the files that are read, shortened."""
+        files = [(name, self.shards[name].description["files"]) for name in self.shares]
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
     def micro_batches(self, step: int) -> Sequence[TrainBatch]:
         """The micro-batches of optimiser step ``step``."""

@@ -11,7 +11,6 @@ What is in a checkpoint is decided by ``trainer.py``.
 """
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -29,13 +28,13 @@ from torch import Tensor
 import qnext
 from qnext.errors import CheckpointError, TrainingError
 from qnext.weights.safetensors_file import MappedFile, OutTensor, read_header, write_file
+from qnext.weights.shards import checksum, write_json
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST, _STATE = "MANIFEST.json", "state.json"
 _SPARE = 1.2
 """Free space asked for before writing, relative to what will be written."""
-_BLOCK = 4 * 2**20
 ATTEMPTS = 3
 """Checkpoints that may fail one after another before the run ends."""
 
@@ -120,7 +119,7 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{file} is truncated or altered: {size} bytes instead of {expected['bytes']}."
             )
-        if _sha256(file) != expected["sha256"]:
+        if checksum(file) != expected["sha256"]:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of the manifest.")
     return Checkpoint(path, step_of(path), _read_json(path / _STATE))
 
@@ -162,12 +161,12 @@ def write(
         for name, group in groups.items():
             outs = [OutTensor(key, tensor, tensor.dtype) for key, tensor in group.items()]
             write_file(scratch / f"{name}.safetensors", outs)
-        _write_json(scratch / _STATE, state)
+        write_json(scratch / _STATE, state)
         files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)}
             for file in sorted(scratch.iterdir())
         }
-        _write_json(
+        write_json(
             scratch / _MANIFEST,
             {"step": step, "mark": mark, "snapshot": snapshot, "files": files},
         )
@@ -341,22 +340,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} is damaged: expected an object.")
     return cast("dict[str, Any]", raw)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

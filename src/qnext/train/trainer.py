@@ -590,7 +590,9 @@ class Trainer:
         self.optimiser.refresh(raw["ages"])
 
     def _fingerprint(self) -> dict[str, Any]:
-        return checkpoints.fingerprint(workers=self.workers, device=self.recipe.device)
+        machine = checkpoints.fingerprint(workers=self.workers, device=self.recipe.device)
+        stages = zip(self.recipe.stages, self.sources, strict=True)
+        return machine | {f"data of {stage.name}": source.digest() for stage, source in stages}
 
     # -- the folder --------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ stays mapped afterwards.
 """
 
 import ctypes
-import json
 import logging
 import mmap
 import os
@@ -47,6 +46,7 @@ from qnext.weights.layout import (
 )
 from qnext.weights.packed import PackedModel, is_packed, open_packed, unpack_into_model
 from qnext.weights.safetensors_file import MappedFile, OutTensor, TensorInfo, write_file
+from qnext.weights.shards import write_json
 from qnext.weights.source import as_stored, fp8_block
 
 __all__ = [
@@ -346,10 +346,10 @@ def _write_all(model: CausalLM, config: ModelConfig, folder: Path, max_shard_byt
             write_file(folder / file, shard)
             weight_map.update((out.name, file) for out in shard)
         total = sum(out.num_bytes for shard in shards for out in shard)
-        _write_json(
+        write_json(
             folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    _write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", config.to_dict())
 
 
 def _tensors_of(model: CausalLM) -> list[OutTensor]:
@@ -365,14 +365,6 @@ def _tensors_of(model: CausalLM) -> list[OutTensor]:
                 dtype = model.dtype
         out.append(OutTensor(name, tensor, dtype))
     return out
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def copy_along(source: Path, target: Path, scratch: Path | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import time
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def until(page, script: str, timeout_s: float = TIMEOUT_S) -> None:

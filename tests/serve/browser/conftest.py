@@ -34,18 +34,10 @@ def site() -> Iterator[Live]:
 
 
 @pytest.fixture
-def slow_site(site, monkeypatch) -> Live:
+def slow_site(site) -> Iterator[Live]:
     """The same server, writing slowly enough to be stopped in the middle."""
-    import time
-
-    step = site.llm.engine.step
-
-    def slowly():
-        time.sleep(0.05)
-        return step()
-
-    monkeypatch.setattr(site.llm.engine, "step", slowly)
-    return site
+    with site.slowed(0.05):
+        yield site
 
 
 @pytest.fixture
@@ -53,11 +45,13 @@ def visit(chromium, site):
     """Opens the page in a browser of its own; every error in its console fails the test."""
     contexts, errors = [], []
 
-    def open_page(path: str = "/", settings: dict | None = SETTINGS, **options):
+    def open_page(
+        path: str = "/", settings: dict | None = SETTINGS, at: Live | None = None, **options
+    ):
         context = chromium.new_context(viewport={"width": 1200, "height": 800}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on(
             "console",
@@ -69,7 +63,7 @@ def visit(chromium, site):
                 "if (!localStorage.getItem('qnext.settings')) "
                 f"localStorage.setItem('qnext.settings', {text})"
             )
-        page.goto(site.url + path)
+        page.goto((at or site).url + path)
         until(page, "document.title !== 'qnext'")
         page.errors = errors
         return page
