@@ -250,7 +250,7 @@ def speed_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
 def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
     """Rows about path-independent mode."""
     rows = []
-    backends = ["pytorch", *(["native"] if native.unfit() is None else [])]
+    backends = ["torch", *(["native"] if native.unfit() is None else [])]
     for backend in backends:
         modes = {
             is_equal: LLM(

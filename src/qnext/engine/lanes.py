@@ -73,7 +73,7 @@ class Lanes:
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
         wanted, is_quiet = 0, True
-        if policy.quiet and policy.quiet_sequences == len(running):
+        if policy.quiet and policy.quiet_of == (len(running), False):
             policy.quiet -= 1
         elif policy.limit:
             wanted, is_quiet = self._ask(running), False

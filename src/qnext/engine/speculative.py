@@ -112,8 +112,9 @@ class DraftPolicy:
         self.credit_s = 0.0
         """Seconds that probes may cost now."""
         self.quiet = 0
-        """Steps of ``quiet_sequences`` that rest, and need not be asked about or measured."""
-        self.quiet_sequences = 0
+        """Steps of so many sequences, ruled or not (``quiet_of``), that need not be asked about or
+        measured: they rest."""
+        self.quiet_of = (0, False)
         self._outcomes: dict[tuple[int, int], int] = {}
         self._fresh: dict[tuple[str, int, int], int] = {}
         self._paces: dict[tuple[int, bool], Pace] = {}
@@ -244,11 +245,11 @@ class DraftPolicy:
             pace.probing -= 1
         return pace.drafts
 
-    def rest_quietly(self, sequences: int) -> None:
+    def rest_quietly(self, sequences: int, *, ruled: bool = False) -> None:
         """Take the steps of a rest that need not be measured off it, all at once."""
-        pace = self._pace(sequences, False)
+        pace = self._pace(sequences, ruled)
         if self.rests and pace.left > MEASURED and not pace.drafts:
-            self.quiet, self.quiet_sequences = pace.left - MEASURED, sequences
+            self.quiet, self.quiet_of = pace.left - MEASURED, (sequences, ruled)
             pace.left = MEASURED
             pace.rested += self.quiet
             self.credit_s += SHARE * self.quiet * pace.plain_s
