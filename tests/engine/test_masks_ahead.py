@@ -4,6 +4,7 @@ import pytest
 from schemas import schema
 
 from qnext import LLM, SamplingParams, StructuredOutputs
+from qnext.engine.guide import Guide
 from qnext.engine.masks_ahead import FEWEST, MasksAhead
 
 pytest.importorskip("llguidance")
@@ -33,7 +34,8 @@ def answers(folder, *, ahead: bool, drafts: int | str, logprobs: int | None):
             return found
 
         masks.begin = counted
-        closing = {llm.tokenizer.id_of(text): 9.0 for text in ('"', "}", "]", ",")}
+        ids = [llm.tokenizer.id_of(text) for text in ('"', "}", "]", ",")]
+        closing = {token: 9.0 for token in ids if token is not None}
         params = [
             SamplingParams(
                 temperature=1.0, seed=seed, max_tokens=60, logit_bias=closing, logprobs=logprobs,
@@ -64,11 +66,13 @@ def test_few_masks_and_a_single_core_stay_in_the_step():
 
 
 def test_what_goes_wrong_in_the_thread_is_raised():
-    class Broken:
-        def mask(self, drafts):
+    class Broken(Guide):
+        def mask(self, drafts=()):
             raise ZeroDivisionError
 
     masks = MasksAhead(fewest=1, cores=2)
+    found = masks.begin([(Broken.__new__(Broken), ())])
+    assert found is not None
     with pytest.raises(ZeroDivisionError):
-        masks.begin([(Broken(), ())]).result()
+        found.result()
     masks.close()
