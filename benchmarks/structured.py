@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.structured", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.structured", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
     # fmt: off
