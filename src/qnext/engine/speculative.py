@@ -47,6 +47,8 @@ SHARE = 0.005
 """Of the time of all steps, what probes may cost."""
 MEASURED = 24
 """Steps at the end of a rest that are measured."""
+UNKNOWN = 1.5
+"""What a step with a draft is thought to cost where that was never measured."""
 STALE = 16384
 """Plain steps after which a cost that cannot pay may be measured again."""
 PLAIN_EVERY, PLAIN_STEPS = 512, 9
@@ -314,7 +316,7 @@ class DraftPolicy:
 
     def _may_probe(self, pace: Pace, costs: Sequence[float], behind: int) -> bool:
         """Whether acceptance could have changed enough to matter, and there is credit to look."""
-        cost = costs[1] if len(costs) > 1 else 2.0 / START
+        cost = costs[1] if len(costs) > 1 else UNKNOWN
         if cost * START >= 2.0 and pace.rested < STALE:
             return False  # it would not pay if every draft were accepted
         price = pace.plain_s * PROBE_STEPS * max(cost - 1.0, 0.1) + self._reading_s(pace, behind)
