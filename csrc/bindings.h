@@ -32,5 +32,6 @@ void bind_probe(nb::module_& m);
 void bind_round(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_lane(nb::module_& m);
+void bind_training(nb::module_& m);
 
 }  // namespace qnext

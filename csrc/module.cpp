@@ -55,4 +55,5 @@ NB_MODULE(_native, m) {
   bind_round(m);
   bind_sampling(m);
   bind_lane(m);
+  bind_training(m);
 }

@@ -5,12 +5,10 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from qnext.model.model import CausalLM, initialise
 from qnext.terminal_chat import TerminalChat
 from qnext.terminal_screen import Screen
 from qnext.weights.folder import embedded_models
+from typist import Typist
 
 OFFICIAL = {
     "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "vocab_size": 151936,
@@ -460,33 +459,12 @@ def test_a_failed_turn_over_a_pipe_ends_with_an_error(tiny_folder, monkeypatch, 
     assert "the context holds 512" in capsys.readouterr().err
 
 
-class Typist:
-    """The person at a pseudo-terminal: reads what is printed, types lines."""
-
-    def __init__(self, terminal: int) -> None:
-        self.terminal, self.unread = terminal, ""
-
-    def read_until(self, wanted: str, timeout_s: float = 60.0) -> str:
-        """Everything up to and with ``wanted``; the rest stays for the next call."""
-        end = time.monotonic() + timeout_s
-        while wanted not in self.unread:
-            left = max(0.0, end - time.monotonic())
-            ready, _, _ = select.select([self.terminal], [], [], left)
-            assert ready, f"{wanted!r} did not come; there was {self.unread!r}"
-            self.unread += os.read(self.terminal, 4096).decode(errors="replace")
-        text, _, self.unread = self.unread.partition(wanted)
-        return text + wanted
-
-    def type(self, line: str) -> None:
-        os.write(self.terminal, (line + "\n").encode())
-
-
-def test_chat_in_a_terminal(tiny_folder) -> None:
+def test_chat_in_a_terminal(tiny_folder, tmp_path) -> None:
     here, there = pty.openpty()
     process = start(
         "chat", str(tiny_folder), "--max-tokens", "5", "--temperature", "0",
         stdin=there, stdout=there, stderr=there,
-        text=False, env={**ENVIRONMENT, "TERM": "dumb"},
+        text=False, env={**ENVIRONMENT, "TERM": "dumb", "XDG_STATE_HOME": str(tmp_path)},
     )  # fmt: skip
     os.close(there)
     typist = Typist(here)
@@ -500,6 +478,8 @@ def test_chat_in_a_terminal(tiny_folder) -> None:
     typist.type("/quit")
     assert process.wait(60) == 0
     os.close(here)
+    typed = (tmp_path / "qnext" / "chat_history").read_text().splitlines()
+    assert typed == ["hello", "word " * 700, "/quit"]
 
 
 # -- serve ---------------------------------------------------------------------------------------

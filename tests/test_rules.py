@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "serve": {"__init__", "answers", "engine", "text", "weights", "llm", "cost", "errors"},
     "serve_command": {"serve", "llm", "engine", "errors"},
     "cli": {"__init__", "serve", "llm", "engine", "weights", "text", "ops", "config", "cost",
-            "doctor", "info", "terminal_chat", "cache_command", "serve_command",
+            "doctor", "info", "terminal_chat", "prompt_history", "cache_command", "serve_command",
             "train_command", "data_command", "eval_command", "quantization",
             "certificate", "bench", "errors"},
     "bench": {"engine", "model", "weights", "native", "config", "cost", "quantization", "errors"},
@@ -46,8 +46,9 @@ MAY_IMPORT = {
     "certificate": {"__init__", "native", "weights", "text", "model", "quantization", "config",
                     "errors"},
     "info": {"__init__", "weights", "config", "cost", "errors"},
-    "terminal_chat": {"engine", "llm", "terminal_screen", "errors"},
-    "terminal_screen": {"answers"},
+    "prompt_history": set(),
+    "terminal_chat": {"engine", "llm", "terminal_screen", "prompt_history", "errors"},
+    "terminal_screen": {"answers", "prompt_history"},
     "doctor": {"__init__", "native", "engine", "model", "weights", "ops", "config", "errors"},
 }  # fmt: skip
 

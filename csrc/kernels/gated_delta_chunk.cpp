@@ -7,20 +7,14 @@
 //   O = exp(G) Q S + A D,                A_ij = exp(G_i - G_j) q_i.k_j        for j <= i
 //   S' = exp(G_last) S + K^T (exp(G_last - G) D)
 // Every sum runs over its terms in rising order and only over terms that exist, so a token's result
-// does not depend on how many follow it. Products are register tiles of kRows x V vectors.
+// does not depend on how many follow it. Products are register tiles (float_tiles.h).
+#include "float_tiles.h"
 #include "gated_delta_item.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
 
 constexpr int64_t C = kDeltaChunk;
-constexpr int kRows = 4;
-#if defined(QNEXT_ISA_avx512)
-constexpr int kVectors = 4;
-#else
-constexpr int kVectors = 2;  // 16 registers
-#endif
-
 // The matrices of a chunk, in the block's work memory.
 struct Matrices {
   float* kt;     // [K][C], keys across
@@ -46,39 +40,6 @@ Matrices carve(float* work, int64_t K) {
   m.entry = m.rest + C;
   m.exit = m.entry + C;
   return m;
-}
-
-template <int V, bool kTail>
-inline void load(const float* p, int tail, Vec* out) {
-  for (int j = 0; j < V; ++j) {
-    out[j] = kTail && j == V - 1 ? Vec::load(p + j * Vec::width, tail)
-                                 : Vec::load(p + j * Vec::width);
-  }
-}
-
-template <int V, bool kTail>
-inline void store(const Vec* v, float* p, int tail) {
-  for (int j = 0; j < V; ++j) {
-    if (kTail && j == V - 1) {
-      v[j].store(p + j * Vec::width, tail);
-    } else {
-      v[j].store(p + j * Vec::width);
-    }
-  }
-}
-
-// acc[r][j] += sum over n < depth of a[r * a_row + n * a_depth] * b[n * ldb + column j].
-template <int R, int V, bool kTail>
-inline void accumulate(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
-                       int64_t depth, int tail, Vec (*acc)[V]) {
-  for (int64_t n = 0; n < depth; ++n) {
-    Vec row[V];
-    load<V, kTail>(b + n * ldb, tail, row);
-    for (int r = 0; r < R; ++r) {
-      const Vec x = Vec::set(a[r * a_row + n * a_depth]);
-      for (int j = 0; j < V; ++j) acc[r][j] = fma(x, row[j], acc[r][j]);
-    }
-  }
 }
 
 // What the parts of a chunk work on.
@@ -198,29 +159,6 @@ struct Update {
     for (int r = 0; r < R; ++r) store<V, kTail>(acc[r], x.state + (i + r) * M + c, tail);
   }
 };
-
-template <int V, bool kTail, class Part>
-void down(const Part& part, int64_t rows, int64_t c, int tail) {
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) part.template run<kRows, V, kTail>(i, c, tail);
-  switch (rows - i) {
-    case 3: part.template run<3, V, kTail>(i, c, tail); break;
-    case 2: part.template run<2, V, kTail>(i, c, tail); break;
-    case 1: part.template run<1, V, kTail>(i, c, tail); break;
-    default: break;
-  }
-}
-
-// All rows of a panel of V vectors of columns, then the next panel: what is multiplied stays in L1.
-template <int V, class Part>
-void cover(const Part& part, int64_t rows, int64_t columns) {
-  int64_t c = 0;
-  for (; c + V * Vec::width <= columns; c += V * Vec::width) {
-    down<V, false>(part, rows, c, Vec::width);
-  }
-  for (; c + Vec::width <= columns; c += Vec::width) down<1, false>(part, rows, c, Vec::width);
-  if (c < columns) down<1, true>(part, rows, c, static_cast<int>(columns - c));
-}
 
 void transpose(const float* k, int64_t tokens, int64_t K, float* kt) {
   int64_t t = 0;

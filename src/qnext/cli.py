@@ -80,14 +80,19 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk with a model in the terminal."""
+    from qnext.prompt_history import PromptHistory, default_file
     from qnext.terminal_chat import TerminalChat
 
+    given = arguments.history_file
+    file = Path(given) if given else default_file()
+    history = PromptHistory(file) if arguments.history and file is not None else None
     with _load(arguments) as llm:
         talk = TerminalChat(
             llm,
             _sampling(llm, arguments, max_tokens=arguments.max_tokens),
             system=arguments.system,
             enable_thinking=arguments.thinking,
+            history=history,
         )
         if isinstance(sys.stdin, io.TextIOWrapper):
             # Some locales would let undecodable bytes through, for the tokenizer to stumble over.
@@ -356,6 +361,14 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="let the model think before it answers, or not (default: as the model does)",
     )
+    one.add_argument(
+        "--history", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the lines typed at the prompt for the next run (default: yes)",
+    )  # fmt: skip
+    one.add_argument(
+        "--history-file", metavar="FILE",
+        help="where (default: qnext/chat_history in XDG_STATE_HOME, or in ~/.local/state)",
+    )  # fmt: skip
     _add_sampling(one, max_tokens=None)
 
     one = _command(commands, "serve", "serve a model and a chat page over HTTP")
@@ -524,7 +537,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="the same bits whatever else runs; needs --dtype float32",
+        help="the same bits whatever else runs: native kernels in any dtype and with packed "
+        "weights, PyTorch's in float32 and bfloat16",
     )
 
 

@@ -64,8 +64,8 @@ class LLM:
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
     tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
-    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs (with
-    PyTorch's kernels in float32 and bfloat16).
+    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs: the
+    native kernels in any dtype and with packed weights, PyTorch's in float32 and bfloat16.
 
     ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said in
     conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory

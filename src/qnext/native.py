@@ -43,6 +43,14 @@ def unfit() -> str | None:
     return _module()[1] or None
 
 
+def unfit_for_training() -> str | None:
+    """Why the native kernels of training cannot run here, in one sentence, or None."""
+    module, reason = _module()
+    if module is not None and not hasattr(module, "adam_step"):
+        return "the native kernels are older than this version of qnext: run 'make native'."
+    return reason or None
+
+
 def load() -> ModuleType:
     """The extension module. Raises BackendError with the reason when it is not there."""
     module, reason = _module()

@@ -49,6 +49,14 @@ def add_options(parser: argparse.ArgumentParser, positive: Callable[[str], int])
         help="time for one answer (default: no limit)",
     )  # fmt: skip
     group.add_argument(
+        "--keep-alive", type=_seconds, default=15.0, metavar="SECONDS",
+        help="a stream that is silent for so long sends a comment; 0 for never (default: 15)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-responses", type=_count, default=1000, metavar="N",
+        help="answers of /v1/responses that a later request may go on from (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--drain", type=_seconds, default=30.0, metavar="SECONDS",
         help="time for running answers when the server is stopped (default: 30)",
     )  # fmt: skip
@@ -96,6 +104,8 @@ def serve(arguments: argparse.Namespace, load: Callable[..., "LLM"]) -> int:
         max_body_bytes=_bytes(arguments.max_body),
         max_waiting=arguments.max_waiting,
         timeout_s=arguments.timeout,
+        keep_alive_s=arguments.keep_alive or None,
+        max_kept=arguments.keep_responses,
     )
     options: dict[str, Any] = {
         name: getattr(arguments, name)

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from qnext.engine.request import SamplingParams
 from qnext.errors import QnextError, RequestError
 from qnext.llm import LLM, Delta
+from qnext.prompt_history import PromptHistory
 from qnext.terminal_screen import Screen, turns, typed_lines
 
 HELP = """\
@@ -35,7 +36,7 @@ HELP = """\
 /save FILE        write the conversation as JSON; /load FILE goes on with it
 /quit             leave
 A line that ends in \\ goes on in the next one; lines between two lines of \"\"\" belong together.
-Ctrl-C ends an answer."""
+Ctrl-C ends an answer. The arrow keys find earlier lines; what begins with a space is not kept."""
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
 
 _COMMAND = re.compile(r"/([a-z_]+)(?:\s+(.*))?", re.DOTALL)
@@ -51,10 +52,15 @@ class TerminalChat:
         *,
         system: str | None = None,
         enable_thinking: bool | None = None,
+        history: PromptHistory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``enable_thinking`` None leaves it to the model; ``clock`` measures the speed shown."""
+        """``enable_thinking`` None leaves it to the model; ``clock`` measures the speed shown.
+
+        ``history`` keeps what is typed on a terminal for the next run.
+        """
         self._llm, self._params, self._clock = llm, params, clock
+        self._history = history
         self._system, self._enable_thinking = system, enable_thinking
         self.turns: list[dict[str, str]] = []
         """User and assistant messages so far."""
@@ -74,10 +80,11 @@ class TerminalChat:
         """
         interactive = source.isatty() and out.isatty()
         screen = Screen(out, folds=interactive)
-        lines = typed_lines() if interactive else source
+        lines = typed_lines(self._history) if interactive else source
         if interactive:
             screen.remark(f"{self._llm.name}; /help lists the commands, /quit leaves")
         for text in turns(lines):
+            self._report_history(screen)
             if _is_quit(text):
                 break
             try:
@@ -87,6 +94,11 @@ class TerminalChat:
                     raise
                 screen.remark(f"{error} (/reset forgets the conversation)")
         return 0
+
+    def _report_history(self, screen: Screen) -> None:
+        if self._history is not None and self._history.trouble is not None:
+            screen.remark(self._history.trouble)
+            self._history = None  # once is enough
 
     def _turn(self, text: str, screen: Screen, interactive: bool) -> None:
         command = _COMMAND.fullmatch(text)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TextIO
 
 from qnext.answers import Delta
+from qnext.prompt_history import PromptHistory
 
 _DIM, _NORMAL, _ERASE = "\033[2m", "\033[0m", "\r\033[K"
 QUOTES = '"""'
@@ -85,11 +86,20 @@ class Screen:
         self._out.flush()
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt, with line editing and history where the platform has them."""
+def typed_lines(history: PromptHistory | None = None) -> Iterator[str]:
+    """Lines typed at a prompt, with line editing and history where the platform has them.
+
+    ``history`` keeps them for the next run; without it the arrow keys find those of this run.
+    """
+    editor = None
     # Importing it is what gives input() its editing; Windows has none, its terminal edits itself.
     with suppress(ModuleNotFoundError):
-        import_module("readline")
+        editor = import_module("readline")
+    if editor is not None and history is not None:
+        editor.set_auto_history(False)
+        editor.clear_history()
+        for line in history.lines():
+            editor.add_history(line)
     continued = quoted = False
     while True:
         try:
@@ -97,6 +107,8 @@ def typed_lines() -> Iterator[str]:
         except EOFError:
             sys.stdout.write("\n")
             return
+        if editor is not None and history is not None and history.add(line):
+            editor.add_history(line)
         quoted ^= line.strip() == QUOTES
         continued = line.endswith("\\")
         yield line

@@ -3,7 +3,7 @@
 import pytest
 
 from qnext import native
-from qnext.engine import background, engine, prefix, scheduler
+from qnext.engine import background, drafting, prefix, scheduler
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.ops import OpSpec, invariant, select
@@ -38,6 +38,7 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(scheduler, "SCORED_ROWS", 6)
     monkeypatch.setattr(scheduler, "MIN_RUN_TOKENS", 6)
     monkeypatch.setattr(prefix, "MAX_TREE_TOKENS", 400)
-    monkeypatch.setattr(engine, "MAX_BACKLOG", 5)
+    monkeypatch.setattr(drafting, "MAX_BACKLOG", 5)
+    monkeypatch.setattr(drafting, "FULL_BACKLOG", 5)
     monkeypatch.setattr(background, "CHUNK_TOKENS", 3)
     monkeypatch.setattr(background, "MIN_GAIN", 2)

@@ -278,6 +278,11 @@ class HashRunner:
         """Hidden rows the MTP layer has not read yet."""
         return len(self._backlog[slot])
 
+    def shorten_backlog(self, slot: int, count: int) -> None:
+        """Keep only the last ``count`` hidden rows that the MTP layer has not read."""
+        assert 0 < count <= len(self._backlog[slot]), (slot, count)
+        self._backlog[slot] = self._backlog[slot][-count:]
+
     # -- the model -------------------------------------------------------------------------------
 
     def forward(self, works: Sequence[Work]) -> Tensor:

@@ -9,6 +9,7 @@ from oracle import with_oracle
 from test_engine import greedy, prompts, request, run
 
 from qnext import cost
+from qnext.engine.drafting import FULL_BACKLOG
 from qnext.engine.engine import Engine
 from qnext.engine.sizes import MAX_BACKLOG, CacheSizes
 from qnext.model.batch import TokenBatch
@@ -130,8 +131,7 @@ def test_more_steps_take_no_more_memory(tiny_model, setting):
 def test_unread_rows_do_not_hold_the_rows_of_a_prompt_beside_them(tiny_model):
     """While drafting rests, rows of a decoding sequence wait; those of a prompt must not too."""
     engine = Engine(tiny_model, max_num_seqs=2, speculative_tokens="auto")
-    engine.policy.choose = lambda ids: 0
-    engine.policy.rests = True
+    engine.policy.held = lambda *_, **__: 0
     engine.add(request("x", [1, 2, 3], max_tokens=40, ignore_eos=True))
     engine.step()
     engine.add(request("y", list(range(200)), max_tokens=2))
@@ -145,17 +145,20 @@ def test_unread_rows_do_not_hold_the_rows_of_a_prompt_beside_them(tiny_model):
 
 
 def test_while_drafting_rests_prompts_are_not_read_by_the_mtp_layer(tiny_model):
-    engine = Engine(tiny_model, speculative_tokens="auto", prefix_cache=False)
-    engine.policy.choose = lambda ids: 0
-    engine.policy.rests = True
+    engine = Engine(tiny_model, speculative_tokens="auto")
+    engine.policy.held = lambda *_, **__: 0
     filled = []
     fill = engine.runner.fill
     engine.runner.fill = lambda works: filled.append(len(works[0].ids)) or fill(works)
     engine.add(request("short", list(range(100)), max_tokens=30, ignore_eos=True))
     engine.add(request("long", list(range(300)), max_tokens=3, ignore_eos=True))
-    events = run(engine)
-    assert filled == [300]  # more than may wait; the short one is never read
-    assert len([t for e in events["short"] for t in e.token_ids]) == 30
+    first = engine.step() + engine.step()
+    assert {s.request.id: s.done + 1 - s.mtp_len for s in engine.scheduler.running} == {
+        "short": 101, "long": FULL_BACKLOG // 2 + 1,  # what is older is given up
+    }  # fmt: skip
+    events = [e for e in first if e.request_id == "short"] + run(engine)["short"]
+    assert filled == []
+    assert len([t for e in events for t in e.token_ids]) == 30
 
 
 def test_drafts_after_a_rest_are_as_good_as_without_one(tiny_model):
@@ -165,8 +168,8 @@ def test_drafts_after_a_rest_are_as_good_as_without_one(tiny_model):
     engine = Engine(tiny_model, speculative_tokens="auto")
     with_oracle(engine, {tuple(prompt): wanted}, 1.0)
     choices = iter([0] * 12 + [2] * 40)
-    engine.policy.choose = lambda ids: next(choices)
-    engine.policy.rests = True
+    engine.policy.held = lambda *_, **__: next(choices)
+    engine.policy.choose = lambda *_, **__: 2
     engine.add(request("x", prompt, max_tokens=30, ignore_eos=True))
     events = run(engine)["x"]
     assert [t for e in events for t in e.token_ids] == wanted

@@ -13,7 +13,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import Machine
 
 from qnext.engine import drafting
-from qnext.engine import engine as engine_module
 from qnext.engine import scheduler as scheduler_module
 from qnext.engine.blocks import PagePool
 from qnext.engine.engine import Engine
@@ -225,7 +224,6 @@ def mtp_rows_are_off_by_one(patch):
         return replace(work, start=work.start + 1)
 
     patch.setattr(drafting, "read_up", shifted)
-    patch.setattr(engine_module, "read_up", shifted)
 
 
 @mutation("fill")

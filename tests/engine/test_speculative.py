@@ -8,7 +8,6 @@ from oracle import with_oracle
 from test_engine import greedy, prompts, request, run, tokens
 
 from qnext.engine.engine import Engine
-from qnext.engine.speculative import DraftPolicy
 from qnext.errors import RequestError
 
 
@@ -152,42 +151,3 @@ def test_settings_are_checked(tiny_model):
     for wrong in (5, -1, "on"):
         with pytest.raises(RequestError, match=r"speculative_tokens: expected 0 ... 4 or 'auto'"):
             Engine(tiny_model, speculative_tokens=wrong)
-
-
-# -- the policy ----------------------------------------------------------------------------------
-
-
-def simulate(policy: DraftPolicy, rate: float, price: float, steps: int) -> tuple[float, float]:
-    """Tokens per second of a policy and of never drafting, in a made-up world."""
-    generator = random.Random(1)
-    tokens_made = clock = 0.0
-    drafts = 0
-    for _ in range(steps):
-        accepted = 0
-        while accepted < drafts and generator.random() < rate:
-            accepted += 1
-        policy.note("x", drafts, accepted)
-        verify = 1.0 + price * drafts
-        policy.verified(1, drafts, verify)
-        tokens_made += 1 + accepted
-        drafts_next = policy.choose(["x"])
-        draft = price * drafts_next
-        policy.drafted(1, drafts_next, draft)
-        clock += verify + draft
-        drafts = drafts_next
-    return tokens_made / clock, 1.0
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.6, 0.9])
-@pytest.mark.parametrize("price", [0.02, 0.1, 0.3, 0.8])
-def test_auto_is_never_slower_than_off_in_the_long_run(rate, price):
-    ours, off = simulate(DraftPolicy("auto"), rate, price, 4000)
-    assert ours >= 0.98 * off
-
-
-@pytest.mark.parametrize("rate", [0.6, 0.8, 0.95])
-def test_auto_is_close_to_the_best_fixed_number(rate):
-    price = 0.08
-    best = max(sum(rate**i for i in range(k + 1)) / (1 + 2 * price * k) for k in range(5))
-    ours, _ = simulate(DraftPolicy("auto"), rate, price, 6000)
-    assert ours >= 0.93 * best

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from qnext import native
 from qnext.errors import BackendError
 from qnext.ops import Ops, OpSpec, select
 from qnext.ops.contracts import BOUNDS, Impl
@@ -79,7 +80,7 @@ class TestPreference:
 
     def test_unknown_backend_lists_the_known_ones(self):
         with pytest.raises(
-            BackendError, match="experts=fast: no such backend; experts has training, torch, inv"
+            BackendError, match="experts=fast: no such backend; experts has native, training, tor"
         ):
             select(prefer={"experts": "fast"})
 
@@ -143,9 +144,32 @@ class TestEnvironment:
 class TestTraining:
     def test_backward_passes_by_hand_are_taken_where_gradients_are_asked_for(self):
         report = select(OpSpec(grad=True)).report
-        for op in ("experts", "causal_conv", "gated_delta_whole", "attention", "rms_norm_gated"):
+        for op in ("causal_conv", "gated_delta_whole", "rms_norm_gated"):
             assert f"{op}: training" in report
         assert not any("training" in line for line in select(OpSpec()).report)
+
+    def test_native_passes_come_first_where_they_are_built(self, monkeypatch):
+        found = {line.partition(":")[0]: line for line in select(OpSpec(grad=True)).report}
+        for op in ("experts", "attention", "delta_layer"):
+            expected = (
+                "native"
+                if native.unfit_for_training() is None
+                else "(native: the native kernels are"
+            )
+            assert expected in found[op]
+        monkeypatch.setattr(
+            native, "unfit_for_training", lambda: "the native kernels are not installed."
+        )
+        report = select(OpSpec(grad=True)).report
+        assert "experts: training (native: the native kernels are not installed.)" in report
+        assert "delta_layer: reference (native: the native kernels are not installed.)" in report
+        assert not any("native" in line for line in select(OpSpec()).report)
+
+    @pytest.mark.parametrize(
+        "prefer", [{"causal_conv": "reference"}, {"all": "training"}, {"delta_layer": "reference"}]
+    )
+    def test_a_layer_is_not_joined_when_one_of_its_ops_is_named(self, prefer):
+        assert select(OpSpec(grad=True), prefer).delta_layer is None
 
     def test_named_for_serving_they_are_refused(self):
         with pytest.raises(BackendError, match="experts=training: no gradients are asked for"):

@@ -100,7 +100,8 @@ def test_all_names_of_the_model_are_known(guarded) -> None:
 def test_a_full_queue_is_refused_with_a_time_to_come_back(guarded) -> None:
     long = hello(max_tokens=400, ignore_eos=True, stream=True)
     with guarded.slowed(), guarded.client.stream("POST", CHAT, json=long) as one:
-        next(one.iter_lines())
+        lines = one.iter_lines()  # kept, because dropping it would close the stream
+        next(lines)
         refused = guarded.client.post(CHAT, json=hello())
         assert refused.status_code == 429
         assert refused.json()["error"]["type"] == "rate_limit_error"

@@ -242,8 +242,8 @@ def test_errors_are_the_clients_own(client) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt", messages=FOX)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="previous_response_id: not supported"):
-        client.responses.create(model="tiny", input="x", previous_response_id="resp_1")
+    with pytest.raises(openai.BadRequestError, match="conversation: not supported"):
+        client.responses.create(model="tiny", input="x", conversation="conv_1")
 
 
 def test_models(client) -> None:

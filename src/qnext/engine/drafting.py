@@ -6,9 +6,135 @@ from qnext.engine.native_runner import NativeRunner
 from qnext.engine.runner import MtpWork, Runner
 from qnext.engine.sampler import SampleRow, sample
 from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sizes import MAX_BACKLOG
+from qnext.engine.speculative import DraftPolicy
+
+FRESH_ROWS = 16
+"""A sequence that the MTP layer is further behind than this makes the policy weigh anew."""
+LOOK_EVERY = 32
+"""Steps between looks at whether somebody's backlog is full, while nothing is drafted."""
+FULL_BACKLOG = MAX_BACKLOG - 2 * LOOK_EVERY
+"""Rows of a backlog that might exceed ``MAX_BACKLOG`` before the next look."""
 
 RowOf = Callable[[Running, Sequence[int]], SampleRow]
 """What the sampler has to know about a sequence after so many drafts."""
+
+
+class Drafter:
+    """Lets the MTP layer read and draft when the policy says so, and says what that took.
+
+    ``row`` is what the sampler has to know, ``clock`` gives seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        policy: DraftPolicy,
+        *,
+        row: RowOf,
+        defined_ids: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.runner, self.policy = runner, policy
+        self._row, self._defined_ids, self._clock = row, defined_ids, clock
+
+    def draft(self, sequences: Sequence[Running], k: int | None = None) -> None:
+        """Let the MTP layer catch up, and propose tokens for those that decode.
+
+        ``k`` for each, 0 to let it rest; None asks the policy.
+        """
+        policy = self.policy
+        if not policy.limit:
+            return
+        if k is None and policy.quiet and policy.quiet_of == (len(sequences), _is_ruled(sequences)):
+            policy.quiet -= 1
+            self._leave_behind(sequences)
+            return
+        decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
+        ruled = _is_ruled(decoding)
+        if k is None:
+            k = self._ask(decoding, ruled)
+        if not k and policy.rests:
+            self._leave_behind(sequences)
+            return
+        started = self._clock()
+        counts = {s: _room_for(s, k) for s in decoding}
+        reading = [
+            s for s in sequences
+            if counts.get(s, 0) or _behind(s) >= MAX_BACKLOG
+            or (s not in counts and not policy.rests)
+        ]  # fmt: skip
+        if not reading:
+            return
+        rows = sum(map(_behind, reading))
+        proposals = draft_ahead(
+            self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
+            defined_ids=self._defined_ids, least_share=policy.least_share,
+        )  # fmt: skip
+        for sequence, tokens in zip(reading, proposals, strict=True):
+            guide = sequence.guide
+            sequence.drafts.extend(tokens if guide is None else tokens[: guide.valid(tokens)])
+        seconds = self._clock() - started
+        if rows > (k + 1) * len(reading):
+            policy.caught_up(max(len(decoding), 1), rows, seconds, ruled=ruled)
+        elif len(decoding) == len(reading) and set(counts.values()) == {k}:
+            policy.drafted(len(decoding), k, seconds, ruled=ruled)
+
+    def _ask(self, decoding: Sequence[Running], ruled: bool) -> int:
+        if not decoding:
+            return 0
+        policy = self.policy
+        k = policy.held(len(decoding), ruled=ruled)
+        if k == 0:
+            policy.rest_quietly(len(decoding), ruled=ruled)
+            return 0
+        behind = sum(map(_behind, decoding))
+        if k is None or behind > FRESH_ROWS * len(decoding):
+            k = policy.choose([s.request.id for s in decoding], behind=behind, ruled=ruled)
+        return k
+
+    def catch_up(self, sequences: Sequence[Running]) -> None:
+        """Before snapshots: their pages should hold the MTP layer's rows too, read in one go.
+
+        Not while drafting does not pay: then it begins anew behind the snapshot.
+        """
+        if not self.policy.limit:
+            return
+        if self.policy.rests:
+            self._leave_behind(sequences)
+            return
+        behind = [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
+        if behind:
+            self.runner.fill([read_up(s) for s in behind])
+
+    def _leave_behind(self, sequences: Sequence[Running]) -> None:
+        """Forget the older rows of full backlogs: reading them would slow plain steps down."""
+        for sequence in sequences:
+            if is_far_behind(sequence) and sequence.slot is not None:
+                rows = FULL_BACKLOG // 2
+                self.runner.shorten_backlog(sequence.slot, rows)
+                sequence.mtp_len = sequence.mtp_first = sequence.done + 1 - rows
+                sequence.lane = None  # it knows the first row
+
+
+def is_far_behind(sequence: Running) -> bool:
+    """Whether a backlog may be full before it is looked at again."""
+    return _behind(sequence) >= FULL_BACKLOG
+
+
+def _is_ruled(sequences: Sequence[Running]) -> bool:
+    """Whether drafts are made step by step: some sequence has rules."""
+    return any(s.guide is not None for s in sequences)
+
+
+def _behind(sequence: Running) -> int:
+    """Rows that the MTP layer has to read before it can draft."""
+    return sequence.done + 1 - sequence.mtp_len
+
+
+def _room_for(sequence: Running, k: int) -> int:
+    """Never more than can still be emitted after the next token."""
+    return min(k, sequence.max_tokens - len(sequence.output_ids) - 1)
 
 
 def draft_ahead(

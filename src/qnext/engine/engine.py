@@ -12,6 +12,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from qnext.engine import native_sampler
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
 from qnext.engine.disk import DiskStore
-from qnext.engine.drafting import draft_ahead, read_up
+from qnext.engine.drafting import Drafter
 from qnext.engine.guide import Guide
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.lanes import Lanes
+from qnext.engine.masks_ahead import MasksAhead
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
@@ -34,7 +36,7 @@ from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import SampleRow, choose, logprobs_of
 from qnext.engine.scheduler import Item, Scheduler
 from qnext.engine.scheduler import Sequence as Running
-from qnext.engine.sizes import MAX_BACKLOG, CacheSizes, Settings, check_counts
+from qnext.engine.sizes import CacheSizes, Settings, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
     ended_by,
@@ -172,6 +174,7 @@ class Engine:
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Write what the prefix cache holds to disk, if there is one, for so long at most."""
+        self.masks_ahead.close()
         tier, self.tier = self.tier, None
         if tier is not None:
             self.scheduler.fetch = self.prefix.on_evict = None
@@ -228,6 +231,10 @@ class Engine:
                 runner, self.scheduler, self.policy,
                 defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             )  # fmt: skip
+        self.drafter = Drafter(
+            runner, self.policy, row=self._row, defined_ids=self.defined_ids, clock=clock
+        )
+        self.masks_ahead = MasksAhead()
         self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
@@ -288,7 +295,7 @@ class Engine:
             if name in self._sequences:
                 gone.append((self._sequences[name], reason))
         self._cancelled.clear()
-        self._catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
+        self.drafter.catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
         events = [self._end(sequence, reason) for sequence, reason in gone]
         if self.lanes is not None and self.lanes.ready():
             events.extend(self._run_lanes(self.lanes))
@@ -315,7 +322,7 @@ class Engine:
         item.sequence.done += item.count
         item.sequence.ran += item.count
         # So that a request which interrupts finds the MTP layer's rows in place.
-        self._catch_up([item.sequence])
+        self.drafter.catch_up([item.sequence])
         self._plant([item])
         self.background.ran(item)
         return item.count
@@ -332,9 +339,11 @@ class Engine:
 
         ended, due = lanes.step(told)
         if due is not None:
-            self._draft([s for s in self.scheduler.running if s not in ended], due)
+            self.drafter.draft([s for s in self.scheduler.running if s not in ended], due)
         if ended:
-            self._catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
+            self.drafter.catch_up(
+                [sequence for sequence in ended if self._leaves_snapshot(sequence)]
+            )
             for sequence in ended:
                 self._end_quietly(sequence)
         return events
@@ -344,7 +353,10 @@ class Engine:
         decoding = all(item.sequence.length - item.sequence.done == 1 for item in items)
         drafted = {len(item.sequence.drafts) for item in items}
         works = [self._work(item) for item in items]
+        ahead = self._find_masks(items)
         logits = self.runner.forward(works)
+        if ahead is not None:
+            ahead.result()
         self._watch_routes(items, works)
         rows: list[SampleRow] = []
         wanted: list[int] = []
@@ -398,16 +410,33 @@ class Engine:
             # What was run is what lies before ``done`` now, drafts that were dropped excepted.
             ends = [(item.sequence.done, count) for item, count in zip(items, counts, strict=True)]
             self.prefill_time.note([(end - count, end) for end, count in ends], seconds)
-        elif len(drafted) == 1:
-            self.policy.verified(len(items), drafted.pop(), seconds)
+        if self.policy.quiet:
+            pass  # what such steps take is known for now
+        elif decoding and len(drafted) == 1:
+            ruled = any(item.sequence.guide is not None for item in items)
+            self.policy.verified(len(items), drafted.pop(), seconds, ruled=ruled)
+        else:
+            self.policy.mixed()
         ended = [sequence for event, sequence in events if event.finish_reason is not None]
-        self._draft([item.sequence for item in items if item.sequence not in ended])
+        self.drafter.draft([item.sequence for item in items if item.sequence not in ended])
         self._plant(items)
         self._fork([(source, twin) for source, twin, _ in twins if twin not in ended])
-        self._catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
+        self.drafter.catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
         for sequence in ended:
             self._end_quietly(sequence)
         return [event for event, _ in events]
+
+    def _find_masks(self, items: Sequence[Item]) -> Future[None] | None:
+        """Begin to find the masks of a step's rows, if they are many."""
+        guided = [item for item in items if item.sequence.guide is not None]
+        wanted = []
+        for item in guided:
+            guide = item.sequence.guide
+            assert guide is not None
+            guide.can_wait = self.masks_ahead.is_worth(len(guided))
+            if self._samples(item):
+                wanted.append((guide, tuple(item.sequence.drafts)))
+        return self.masks_ahead.begin(wanted)
 
     def _work(self, item: Item) -> Work:
         sequence = item.sequence
@@ -560,7 +589,7 @@ class Engine:
 
     def _fork(self, twins: Sequence[tuple[Running, Running]]) -> None:
         """Let those who waited for a prompt go on from it, now or from a snapshot later."""
-        self._catch_up(list(dict.fromkeys(source for source, _ in twins)))
+        self.drafter.catch_up(list(dict.fromkeys(source for source, _ in twins)))
         left = [source for source, twin in twins if not self.scheduler.fork(source, twin)]
         for source in dict.fromkeys(left):
             self.scheduler.plant_here(source, "fork")
@@ -596,59 +625,12 @@ class Engine:
 
     # -- drafts and snapshots --------------------------------------------------------------------
 
-    def _draft(self, sequences: Sequence[Running], k: int | None = None) -> None:
-        """Let the MTP layer catch up, and propose tokens for those that decode.
-
-        ``k`` for each, 0 to let it rest; None asks the policy.
-        """
-        if not self.policy.limit:
-            return
-        if k == 0 or (k is None and self.policy.rests_on(len(sequences))):
-            self._read_backlogs([s for s in sequences if s.done + 1 - s.mtp_len >= MAX_BACKLOG])
-            return
-        started = self._clock()
-        decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
-        if k is None:
-            k = self.policy.choose([s.request.id for s in decoding])
-        counts = {s: self._drafts_for(s, k) for s in decoding}
-        reading = [
-            s for s in sequences if counts.get(s, 0) or s.done + 1 - s.mtp_len >= MAX_BACKLOG
-            or (s not in counts and not self.policy.rests)
-        ]  # fmt: skip
-        if not reading:
-            return
-        proposals = draft_ahead(
-            self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
-            defined_ids=self.defined_ids, least_share=self.policy.least_share,
-        )  # fmt: skip
-        for sequence, tokens in zip(reading, proposals, strict=True):
-            guide = sequence.guide
-            sequence.drafts.extend(tokens if guide is None else tokens[: guide.valid(tokens)])
-        if len(decoding) == len(reading) and set(counts.values()) == {k}:
-            self.policy.drafted(len(decoding), k, self._clock() - started)
-
-    def _drafts_for(self, sequence: Running, k: int) -> int:
-        """Never more than can still be emitted after the next token."""
-        return min(k, sequence.max_tokens - len(sequence.output_ids) - 1)
-
     def _plant(self, items: Sequence[Item]) -> None:
         """Enter the snapshots taken in this step into the prefix cache."""
-        self._catch_up([item.sequence for item in items if item.captures])
+        self.drafter.catch_up([item.sequence for item in items if item.captures])
         for item in items:
             for length, why, slot in item.captures:
                 self.scheduler.plant(item.sequence, length, why, slot)
-
-    def _catch_up(self, sequences: Sequence[Running]) -> None:
-        """Before snapshots: their pages should hold the MTP layer's rows too, read in one go."""
-        if not self.policy.limit:
-            return
-        self._read_backlogs(
-            [s for s in sequences if s.slot is not None and self.runner.backlog(s.slot)]
-        )
-
-    def _read_backlogs(self, behind: Sequence[Running]) -> None:
-        if behind:
-            self.runner.fill([read_up(s) for s in behind])
 
     # -- ends ------------------------------------------------------------------------------------
 
@@ -672,7 +654,7 @@ class Engine:
         if self._leaves_snapshot(sequence):
             self.scheduler.plant_here(sequence, "end")
         self.scheduler.release(sequence)
-        self.policy.forget(sequence.request.id)
+        self.policy.forget(sequence.request.id, len(sequence.output_ids))
         del self._sequences[sequence.request.id]
 
 

@@ -9,12 +9,12 @@ left is to run, choose, accept and draft. ``Lanes`` recognises such a step and d
 from collections.abc import Callable
 from time import perf_counter
 
+from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, is_far_behind
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
 from qnext.engine.scheduler import Scheduler
 from qnext.engine.scheduler import Sequence as Running
-from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
 
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
@@ -38,6 +38,7 @@ class Lanes:
         self.runner, self.scheduler, self.policy = runner, scheduler, policy
         self.defined_ids = defined_ids
         self.tie_bound = -1.0 if tie_bound is None else tie_bound
+        self._looked = 0
 
     def ready(self) -> bool:
         """Whether the next step is plain decoding; gives sequences the pages they need for it."""
@@ -71,9 +72,11 @@ class Lanes:
         """
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
-        wanted = 0
-        if policy.limit and not policy.rests_on(len(running)):
-            wanted = policy.choose([s.request.id for s in running])
+        wanted, is_quiet = 0, True
+        if policy.quiet and policy.quiet_of == (len(running), False):
+            policy.quiet -= 1
+        elif policy.limit:
+            wanted, is_quiet = self._ask(running), False
         native = wanted if wanted and not runner.is_behind(running) else 0
         started = perf_counter()
         lanes, want_logits = [], False
@@ -85,13 +88,12 @@ class Lanes:
             tie_bound=self.tie_bound, least_share=policy.least_share, want_logits=want_logits,
         )  # fmt: skip
         drafted = {len(s.drafts) for s in running}
-        ended, row, behind = [], 0, False
+        ended, row = [], 0
         for s, (tokens, accepted, tried, close, why, drafts, _) in zip(running, found, strict=True):
             count = len(tokens)
             s.done += count
             s.ran += count
             s.near_ties += close
-            behind = behind or s.done + 1 - s.mtp_len >= MAX_BACKLOG
             logprobs = []
             top = s.request.params.logprobs
             if top is not None:
@@ -112,11 +114,34 @@ class Lanes:
                 ended.append(s)
         if policy.limit:
             drafting_s = runner.seconds[2]
-            if len(drafted) == 1:
+            if is_quiet:
+                pass
+            elif len(drafted) == 1:
                 seconds = perf_counter() - started - drafting_s
                 policy.verified(len(running), drafted.pop(), seconds)
+            else:
+                policy.mixed()
             if native:
                 policy.drafted(len(running), native, drafting_s)
-            if not native and (wanted or behind):
+            if not native and (wanted or self._somebody_is_far_behind()):
                 return ended, wanted
         return ended, None
+
+    def _ask(self, running: list[Running]) -> int:
+        """Drafts for the next step."""
+        policy = self.policy
+        wanted = policy.held(len(running))
+        if wanted == 0:
+            policy.rest_quietly(len(running))
+            return 0
+        if wanted is None or (policy.is_auto and self.runner.is_behind(running)):
+            # Other sequences than the ones it was chosen for, perhaps, and far behind.
+            behind = sum([s.done + 1 - s.mtp_len for s in running])
+            if wanted is None or behind > FRESH_ROWS * len(running):
+                wanted = policy.choose([s.request.id for s in running], behind=behind)
+        return wanted
+
+    def _somebody_is_far_behind(self) -> bool:
+        """Whether a backlog may be full before the next look, if it is time to look."""
+        self._looked = (self._looked + 1) % LOOK_EVERY
+        return not self._looked and any(is_far_behind(s) for s in self.scheduler.running)

@@ -19,6 +19,21 @@ from qnext.engine.telling import stop_ids
 from qnext.model.native import DeferredCache, NativeModel, Piece
 
 _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
+LONGEST_RUN = 32
+"""Steps whose hidden rows are kept together before they are told apart by sequence."""
+
+
+class _Run:
+    """Rows [T, D] of one sequence among those of some steps [B, D] each."""
+
+    __slots__ = ("place", "steps")
+
+    def __init__(self, steps: list[np.ndarray], place: int) -> None:
+        self.steps, self.place = steps, place
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (len(self.steps), self.steps[0].shape[1])
 
 
 class NativeRunner(Runner):
@@ -48,12 +63,62 @@ class NativeRunner(Runner):
         self._set_up(self._deferred, track_mtp=track_mtp)
         self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
         """Of the last ``advance``: its forward, choosing tokens, drafting."""
+        # Hidden rows [B, D] of the last steps, each of one token of these slots. Most are dropped
+        # unread, so they are told apart when they are read.
+        self._backlog: dict[int, list[Any]]
+        self._run_slots: list[int] = []
+        self._run_rows: list[np.ndarray] = []
 
     # -- sequences that decode -------------------------------------------------------------------
 
     def is_behind(self, running: Sequence[Running]) -> bool:
         """Whether the MTP layer has rows of any of them to read."""
+        self._end_run()
         return any(self._backlog[s.slot] for s in running if s.slot is not None)
+
+    def open(self) -> int:
+        self._end_run()
+        return super().open()
+
+    def resume(self, snapshot_slot: int) -> int:
+        self._end_run()
+        return super().resume(snapshot_slot)
+
+    def close(self, slot: int) -> None:
+        self._end_run()
+        super().close(slot)
+
+    def backlog(self, slot: int) -> int:
+        self._end_run()
+        return super().backlog(slot)
+
+    def shorten_backlog(self, slot: int, count: int) -> None:
+        self._end_run()
+        self._pick_rows(slot)
+        super().shorten_backlog(slot, count)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        self._end_run()
+        super().keep(counts)
+
+    def _take_backlog(self, works: Sequence[MtpWork]) -> Tensor:
+        self._end_run()
+        for work in works:
+            self._pick_rows(work.slot)
+        return super()._take_backlog(works)
+
+    def _end_run(self) -> None:
+        """Give every sequence the rows of the last steps that are its own, not yet picked out."""
+        if self._run_rows:
+            for b, slot in enumerate(self._run_slots):
+                self._backlog[slot].append(_Run(self._run_rows, b))
+            self._run_slots, self._run_rows = [], []
+
+    def _pick_rows(self, slot: int) -> None:
+        parts = self._backlog[slot]
+        for i, part in enumerate(parts):
+            if isinstance(part, _Run):
+                parts[i] = np.stack([rows_BD[part.place] for rows_BD in part.steps])
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -131,15 +196,20 @@ class NativeRunner(Runner):
             self.native.invariant,
         )
         self.seconds = tuple(seconds)
-        row = 0
+        row, is_plain = 0, rows == len(running) and not wanted
+        if is_plain and self.track_mtp:
+            if slots != self._run_slots or len(self._run_rows) >= LONGEST_RUN:
+                self._end_run()
+                self._run_slots = slots
+            self._run_rows.append(hidden)
         for s, slot, (tokens, *_, has_read) in zip(running, slots, found, strict=True):
             count = len(tokens)
             s.output_ids += tokens
             cache.advance(slot, count, speculative=bool(s.drafts))
             if has_read:
                 s.mtp_len = s.done + count + 1
-            elif self.track_mtp:
-                # A tensor of it is made when it is read: most are dropped unread.
+            elif self.track_mtp and not is_plain:
+                self._end_run()
                 self._backlog[slot].append(hidden[row : row + count])
             row += 1 + len(s.drafts)
         return found, None if logits is None else torch.from_numpy(logits)

@@ -143,6 +143,17 @@ class Runner:
         """Hidden rows the MTP layer has not read yet."""
         return sum(rows.shape[0] for rows in self._backlog[slot])
 
+    def shorten_backlog(self, slot: int, count: int) -> None:
+        """Keep only the last ``count`` hidden rows that the MTP layer has not read."""
+        rows, left = self._backlog[slot], self.backlog(slot) - count
+        while left > 0:
+            size = rows[0].shape[0]
+            if size > left:
+                rows[0] = torch.as_tensor(rows[0][left:]).clone()
+            else:
+                del rows[0]
+            left -= size
+
     # -- the model -------------------------------------------------------------------------------
 
     @torch.inference_mode()

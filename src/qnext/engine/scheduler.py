@@ -615,7 +615,8 @@ class Scheduler:
             ids,
             slot=slot,
             pages=sequence.pages[: self._pages(length)],
-            mtp_first=sequence.mtp_first if complete else length,
+            # The MTP layer may have begun anew behind what is kept here.
+            mtp_first=min(sequence.mtp_first, length) if complete else length,
             why=why,
         )
 

@@ -3,76 +3,151 @@
 A step that verifies k drafts per sequence costs more than one without: more rows in the forward,
 one reading pass of the MTP layer, and k - 1 further draft passes. It yields
 ``1 + a1 + a1 a2 + ...`` tokens per sequence, where a_i is the chance that draft i is accepted given
-that those before it were. Both sides are measured while serving. What is chosen here changes time
-only: the tokens of a request never depend on how many were drafted.
+that those before it were. Both sides are measured while serving, and outlive the requests they were
+measured on: costs by batch size and kind of step (``pace.py``), acceptance for everybody, from
+which each request's own departs as it goes on. What is chosen here changes time only: the tokens of
+a request never depend on how many were drafted.
+
+Finding out costs time. The first batch size is tried a few steps; another one is taken to cost what
+its neighbour does. After that, probes are paid from a credit that grows with the time steps take,
+and where even full acceptance would not pay there are none.
+A choice holds for many steps: weighing takes as long as a tenth of a small model's step.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from qnext.engine.pace import LONG, Pace
 
 MAX_DRAFTS = 4
 """The head is trained for one step; beyond a few its guesses are not worth a row."""
-DECAY = 0.97
-"""Weight of older outcomes of a request against a new one."""
+DECAY = 0.994
+"""Weight of older outcomes against a new one."""
+FADE = 0.999
+"""The same for positions that were not tried: what is known of them is forgotten slowly."""
 PRIOR = 8.0
 """Outcomes that the average of all requests counts for in the estimate of one."""
-WINDOW = 32
-"""Measured steps that count."""
-HURDLE = 1.08
-"""Drafting must promise so much more than none: what it costs beside the steps that are measured,
-above all reading prompts, is not known, and measured times scatter."""
-PROBE_STEPS = 4
+FIRST_RATE = 0.7
+"""Acceptance at the first position before anything is known."""
+NEXT_RATE = 0.85
+"""Acceptance at a position, against the one before it, before anything is known."""
+DOUBT = 4.0
+"""Outcomes that these two count for."""
+START, STAY, CLIMB = 1.05, 1.01, 1.03
+"""Drafting must promise so much more than none to be taken up, and to be gone on with; and another
+number of drafts so much more than the present one. Where plain steps scatter it is more."""
+HOLD = 32
+"""Steps that a number of drafts is kept."""
+FIRST_REST, LONGEST_REST = 32, 256
+"""Steps before a rest is weighed again; doubled each time."""
+PROBE_STEPS = 8
 """Steps of one probe."""
-FIRST_REST = 256
-"""Steps without drafts before the first probe; doubled as long as probes do not pay."""
-LONGEST_REST = 8192
+ATTEMPTS = 2
+"""Probes of a kind of step that need no credit, until its costs are known at some batch size."""
+SHARE = 0.005
+"""Of the time of all steps, what probes may cost."""
+MEASURED = 24
+"""Steps at the end of a rest that are measured."""
+UNKNOWN = 1.5
+"""What a step with a draft is thought to cost where that was never measured."""
+STALE = 16384
+"""Plain steps after which a cost that cannot pay may be measured again."""
+PLAIN_EVERY, PLAIN_STEPS = 512, 9
+"""While drafting, so many steps without drafts now and then: the price of drafting stays known."""
+FIRST_ANSWER = 64.0
+"""Tokens of an answer before any has ended."""
+FIRST_ROW = 0.02
+"""Plain steps that the MTP layer takes to read a row, before any was read."""
 
 
-@dataclass(slots=True)
 class Acceptance:
-    """Decayed counts of accepted and rejected drafts, by position."""
+    """Decayed counts of drafts that were tried and taken, by position."""
 
-    tried: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFTS)
-    taken: list[float] = field(default_factory=lambda: [0.0] * MAX_DRAFTS)
+    __slots__ = ("taken", "tried")
 
-    def note(self, drafted: int, accepted: int) -> None:
-        """The outcome of one verification: positions after the first rejection were not tried."""
-        for i in range(min(drafted, accepted + 1)):
-            self.tried[i] = self.tried[i] * DECAY + 1.0
-            self.taken[i] = self.taken[i] * DECAY + (1.0 if i < accepted else 0.0)
+    def __init__(self) -> None:
+        self.tried = [0.0] * MAX_DRAFTS
+        self.taken = [0.0] * MAX_DRAFTS
+
+    def note(self, drafted: int, accepted: int, times: int = 1) -> None:
+        """The outcome of some verifications: positions behind a rejection were not tried."""
+        old, faded = DECAY**times, FADE**times
+        # What the new outcomes weigh together, each a little more than the one before it.
+        new = (1.0 - old) / (1.0 - DECAY)
+        last = min(drafted, accepted + 1)
+        for i in range(MAX_DRAFTS):
+            weight = old if i < last else faded
+            self.tried[i] *= weight
+            self.taken[i] *= weight
+            if i < last:
+                self.tried[i] += new
+                self.taken[i] += new if i < accepted else 0.0
+
+    def rates(self) -> list[float]:
+        """Chance of a draft at each position, once those before it were accepted."""
+        found, guess = [], FIRST_RATE
+        for tried, taken in zip(self.tried, self.taken, strict=True):
+            guess = (taken + DOUBT * guess) / (tried + DOUBT)
+            found.append(guess)
+            guess *= NEXT_RATE
+        return found
 
 
 class DraftPolicy:
     """Chooses the number of drafts for all decoding sequences of a step.
 
     ``setting`` is a fixed number or "auto". One number serves the whole batch; the requests'
-    own acceptance decides through the sum of their expected tokens.
+    own acceptance decides through the sum of their expected tokens. Steps in which a grammar rules
+    some sequence (``ruled``) are a kind of their own: drafts are made step by step there.
     """
 
     def __init__(self, setting: int | str) -> None:
         self.setting = setting
+        self.is_auto = isinstance(setting, str)
         self.everyone = Acceptance()
         self.by_request: dict[str, Acceptance] = {}
-        self.tried = [0] * MAX_DRAFTS
-        """Drafts verified by position, since the start."""
-        self.taken = [0] * MAX_DRAFTS
-        """Drafts accepted by position, since the start."""
-        self.rests = False
-        """Whether drafting did not pay when last asked: then prompts need not be read at once."""
+        self.rests = self.is_auto
+        """Whether drafting did not pay when last asked: then nothing is read by the MTP layer."""
         self.least_share = 0.0
         """Drafts that the head finds less likely than this are not made."""
-        self._times: dict[tuple[str, int, int], deque[float]] = {}
-        self._medians: dict[tuple[str, int], dict[int, float]] = {}
-        self._rest: dict[int, int] = {}
-        self._resting: dict[int, int] = {}
-        self._probing: dict[int, int] = {}
-        self._steps: dict[int, int] = {}
+        self.probe_s = 0.0
+        """Seconds that probes have cost, since the start."""
+        self.credit_s = 0.0
+        """Seconds that probes may cost now."""
+        self.quiet = 0
+        """Steps of so many sequences, ruled or not (``quiet_of``), that need not be asked about or
+        measured: they rest."""
+        self.quiet_of = (0, False)
+        self._outcomes: dict[tuple[int, int], int] = {}
+        self._fresh: dict[tuple[str, int, int], int] = {}
+        self._paces: dict[tuple[int, bool], Pace] = {}
+        self._attempts = {False: 0, True: 0}
+        self._last: tuple[Pace, int] | None = None
+        self._taken_now = 0
+        self._answer = FIRST_ANSWER
+        self._row_s: float | None = None
 
     @property
     def limit(self) -> int:
         """The most drafts a sequence can have."""
         return MAX_DRAFTS if isinstance(self.setting, str) else self.setting
+
+    @property
+    def tried(self) -> list[int]:
+        """Drafts verified by position, since the start."""
+        found = [0] * MAX_DRAFTS
+        for (drafted, accepted), times in self._outcomes.items():
+            for i in range(min(drafted, accepted + 1)):
+                found[i] += times
+        return found
+
+    @property
+    def taken(self) -> list[int]:
+        """Drafts accepted by position, since the start."""
+        found = [0] * MAX_DRAFTS
+        for (_, accepted), times in self._outcomes.items():
+            for i in range(accepted):
+                found[i] += times
+        return found
 
     # -- outcomes --------------------------------------------------------------------------------
 
@@ -80,122 +155,231 @@ class DraftPolicy:
         """Drafts of one request were verified."""
         if not drafted:
             return
-        for i in range(min(drafted, accepted + 1)):
-            self.tried[i] += 1
-            self.taken[i] += i < accepted
-        if isinstance(self.setting, str):
-            self.everyone.note(drafted, accepted)
+        outcome = (drafted, accepted)
+        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
+        if self.is_auto:
+            # Weighed when the next choice is: adding it up would cost too much in every step.
+            key = (request_id, drafted, accepted)
+            self._fresh[key] = self._fresh.get(key, 0) + 1
+            self._taken_now += accepted
+
+    def forget(self, request_id: str, tokens: int) -> None:
+        """A request has ended, with an answer of so many tokens."""
+        if not self.is_auto:
+            return
+        self._weigh_outcomes()
+        self.by_request.pop(request_id, None)
+        self._answer += 0.1 * (max(tokens, 1) - self._answer)
+        for pace in self._paces.values():
+            if pace.is_personal:
+                pace.left = self.quiet = 0
+
+    def verified(self, sequences: int, drafts: int, seconds: float, *, ruled: bool = False) -> None:
+        """A step of decoding sequences alone, each with so many drafts, took so long."""
+        if not self.is_auto:
+            return
+        pace = self._pace(sequences, ruled)
+        follows = self._last == (pace, drafts)
+        self._last = (pace, drafts)
+        self.credit_s += SHARE * seconds
+        if not drafts:
+            pace.rested += 1
+            if follows:
+                pace.note_plain(seconds)
+            return
+        pace.steps += 1
+        if pace.probing:
+            gained = 1.0 + self._taken_now / sequences
+            self._spend(seconds - pace.plain_s * gained)
+        self._taken_now = 0
+        if follows:
+            pace.note_verified(drafts, seconds)
+
+    def drafted(self, sequences: int, drafts: int, seconds: float, *, ruled: bool = False) -> None:
+        """Drafting so many tokens for each sequence, behind a step with as many, took so long."""
+        if not self.is_auto:
+            return
+        pace = self._pace(sequences, ruled)
+        if pace.probing:
+            self._spend(seconds)
+        if self._last == (pace, drafts):
+            pace.note_drafted(drafts, seconds)
+            pace.rested = 0
+
+    def caught_up(self, sequences: int, rows: int, seconds: float, *, ruled: bool = False) -> None:
+        """The MTP layer read rows that had been left, and may have drafted behind them."""
+        if not self.is_auto:
+            return
+        if self._pace(sequences, ruled).probing:
+            self._spend(seconds)
+        each = seconds / rows
+        self._row_s = each if self._row_s is None else self._row_s + 0.2 * (each - self._row_s)
+
+    def mixed(self) -> None:
+        """A step was not of sequences that all decode alike: the next one is not measured."""
+        self._last = None
+        self._taken_now = 0
+
+    def _spend(self, seconds: float) -> None:
+        self.probe_s += seconds
+        self.credit_s -= seconds
+
+    def _weigh_outcomes(self) -> None:
+        for (request_id, drafted, accepted), times in self._fresh.items():
+            self.everyone.note(drafted, accepted, times)
             own = self.by_request.get(request_id)
             if own is None:
                 own = self.by_request[request_id] = Acceptance()
-            own.note(drafted, accepted)
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        self.by_request.pop(request_id, None)
-
-    def verified(self, sequences: int, drafts: int, seconds: float) -> None:
-        """A forward of decoding sequences alone, each with so many drafts, took so long."""
-        resting = 0 if drafts else self._resting.get(_bucket(sequences), 0)
-        if resting > WINDOW and resting % WINDOW:
-            return  # one of many such steps
-        self._note_time("verify", sequences, drafts, seconds)
-
-    def drafted(self, sequences: int, drafts: int, seconds: float) -> None:
-        """Drafting so many tokens for each sequence took so long."""
-        self._note_time("draft", sequences, drafts, seconds)
-
-    def _note_time(self, phase: str, sequences: int, drafts: int, seconds: float) -> None:
-        if not isinstance(self.setting, str):
-            return  # nothing is chosen by it
-        key = (phase, _bucket(sequences), drafts)
-        times = self._times.setdefault(key, deque(maxlen=WINDOW))
-        times.append(seconds)
-        self._medians.setdefault(key[:2], {})[drafts] = sorted(times)[len(times) // 2]
+            own.note(drafted, accepted, times)
+        self._fresh.clear()
 
     # -- choice ----------------------------------------------------------------------------------
 
-    def choose(self, request_ids: Sequence[str]) -> int:
-        """Drafts per sequence for the next step of these requests."""
+    def held(self, sequences: int, *, ruled: bool = False) -> int | None:
+        """Drafts per sequence for the next step if that was chosen before; None to ``choose``."""
+        if not isinstance(self.setting, str):
+            return self.setting
+        pace = self._pace(sequences, ruled)
+        if not pace.left:
+            return None
+        pace.left -= 1
+        if pace.probing:
+            pace.probing -= 1
+        return pace.drafts
+
+    def rest_quietly(self, sequences: int, *, ruled: bool = False) -> None:
+        """Take the steps of a rest that need not be measured off it, all at once."""
+        pace = self._pace(sequences, ruled)
+        if self.rests and pace.left > MEASURED and not pace.drafts:
+            self.quiet, self.quiet_of = pace.left - MEASURED, (sequences, ruled)
+            pace.left = MEASURED
+            pace.rested += self.quiet
+            self.credit_s += SHARE * self.quiet * pace.plain_s
+
+    def choose(self, request_ids: Sequence[str], *, behind: int = 0, ruled: bool = False) -> int:
+        """Drafts per sequence for the next step of these requests.
+
+        ``behind`` is the number of rows that the MTP layer has to read before it can draft.
+        """
         if not isinstance(self.setting, str):
             return self.setting
         if not request_ids:
             return 0
-        if self.rests_on(len(request_ids)):
+        self._weigh_outcomes()
+        pace = self._pace(len(request_ids), ruled)
+        pace.probing, pace.is_personal = 0, False
+        if not pace.drafts:
+            pace.settle()
+        if not pace.knows_plain:
+            return self._hold(pace, 0, PROBE_STEPS, rests=not pace.chosen)
+        costs = self._costs(pace, len(request_ids), ruled)
+        if len(costs) == 1 and self._attempts[ruled] < ATTEMPTS:
+            self._attempts[ruled] += 1
+            return self._probe(pace)
+        best = self._best(request_ids, pace, costs, behind)
+        # Before it is given up, too: perhaps plain steps have become slower as well.
+        checks_after = PLAIN_EVERY if best else LONG
+        if pace.chosen and pace.drafts and pace.steps >= checks_after:
+            pace.forget_plain()
+            return self._hold(pace, 0, PLAIN_STEPS, rests=False)
+        pace.steps = 0 if not pace.drafts else pace.steps
+        pace.chosen = best
+        if best:
+            pace.rest = 0
+            return self._hold(pace, best, HOLD)
+        pace.is_personal = self._best((), pace, costs, behind) > 0
+        if not pace.is_personal and self._may_probe(pace, costs, behind):
+            return self._probe(pace)
+        pace.rest = min(2 * pace.rest, LONGEST_REST) if pace.rest else FIRST_REST
+        return self._hold(pace, 0, pace.rest)
+
+    def _hold(self, pace: Pace, drafts: int, steps: int, *, rests: bool = True) -> int:
+        pace.drafts, pace.left = drafts, steps - 1
+        self.rests = not drafts and rests
+        return drafts
+
+    def _probe(self, pace: Pace) -> int:
+        pace.probing = PROBE_STEPS
+        return self._hold(pace, 1, PROBE_STEPS)
+
+    def _costs(self, pace: Pace, sequences: int, ruled: bool) -> list[float]:
+        """What steps with 0, 1, ... drafts cost, if need be at the nearest batch size."""
+        if not pace.knows(1):
+            mine = _bucket(sequences)
+            known = [
+                (abs(bucket - mine), bucket, other)
+                for (bucket, kind), other in self._paces.items()
+                if kind == ruled and other.knows(1)
+            ]
+            pace = min(known)[2] if known else pace
+        return pace.costs(MAX_DRAFTS)
+
+    def _may_probe(self, pace: Pace, costs: Sequence[float], behind: int) -> bool:
+        """Whether acceptance could have changed enough to matter, and there is credit to look."""
+        cost = costs[1] if len(costs) > 1 else UNKNOWN
+        if cost * START >= 2.0 and pace.rested < STALE:
+            return False  # it would not pay if every draft were accepted
+        price = pace.plain_s * PROBE_STEPS * max(cost - 1.0, 0.1) + self._reading_s(pace, behind)
+        # What was not spent does not pile up to a burst of probes.
+        self.credit_s = min(self.credit_s, 2.0 * price)
+        return self.credit_s >= price
+
+    def _best(
+        self, request_ids: Sequence[str], pace: Pace, costs: Sequence[float], behind: int
+    ) -> int:
+        """The number of drafts with the most expected tokens per second; 0 if none pays."""
+        tokens = self._expected(request_ids)
+        reading = self._reading_s(pace, behind) / pace.plain_s / self._answer
+        scores = [
+            tokens[drafts] / max(cost + reading * tokens[drafts], 1e-3) if drafts else 1.0
+            for drafts, cost in enumerate(costs)
+        ]
+        if len(scores) == 1:
             return 0
-        bucket = _bucket(len(request_ids))
-        best = max(range(MAX_DRAFTS + 1), key=lambda k: (self._rate(request_ids, bucket, k), -k))
-        if self._probing.get(bucket, 0) > 0:
-            self._probing[bucket] -= 1
-            return max(best, 1)
-        self.rests = best == 0
-        if best > 0:
-            self._rest[bucket] = FIRST_REST
-            return self._sometimes_without(bucket, best)
-        self._resting[bucket] = self._rest.setdefault(bucket, FIRST_REST)
-        self._rest[bucket] = min(self._rest[bucket] * 2, LONGEST_REST)
-        return 0
+        now = min(pace.chosen, len(scores) - 1)
+        bar = (STAY if now else START) + pace.scatter
+        best = max(range(1, len(scores)), key=lambda k: scores[k] * (CLIMB if k == now else 1.0))
+        return best if scores[best] >= bar else 0
 
-    def rests_on(self, sequences: int) -> bool:
-        """Whether a step of so many sequences belongs to a rest, of which it is then one less.
+    def _reading_s(self, pace: Pace, rows: int) -> float:
+        return rows * (FIRST_ROW * pace.plain_s if self._row_s is None else self._row_s)
 
-        Nothing is weighed before a rest is over: it would cost more than a small model's step.
-        """
-        bucket = _bucket(sequences)
-        resting = self._resting.get(bucket, 0)
-        if resting == 1:
-            self._probing[bucket] = PROBE_STEPS
-        if resting:
-            self._resting[bucket] = resting - 1
-        return resting > 1
+    def _expected(self, request_ids: Sequence[str]) -> list[float]:
+        """Tokens of a step per sequence, for 0 ... ``MAX_DRAFTS`` drafts."""
+        rates = self.everyone.rates()
+        total = [0.0] * (MAX_DRAFTS + 1)
+        strangers = 0 if request_ids else 1
+        for request_id in request_ids:
+            own = self.by_request.get(request_id)
+            if own is None:
+                strangers += 1
+            else:
+                pairs = zip(rates, own.tried, own.taken, strict=True)
+                shares = [(taken + PRIOR * rate) / (tried + PRIOR) for rate, tried, taken in pairs]
+                _add_up(shares, 1.0, total)
+        if strangers:
+            _add_up(rates, float(strangers), total)
+        count = max(len(request_ids), 1)
+        return [one / count for one in total]
 
-    def _sometimes_without(self, bucket: int, best: int) -> int:
-        """Now and then a step without drafts, so that the price of drafting stays known."""
-        count = self._steps[bucket] = self._steps.get(bucket, 0) + 1
-        known = len(self._times.get(("verify", bucket, 0), ()))
-        return 0 if count % 64 == 0 or (known < 4 and count % 4 == 0) else best
-
-    def _rate(self, request_ids: Sequence[str], bucket: int, drafts: int) -> float:
-        """Expected tokens per second with so many drafts each, less what they must gain."""
-        tokens = sum(self._expected(request_id, drafts) for request_id in request_ids)
-        # A coarse clock may not have moved.
-        hurdle = HURDLE if drafts else 1.0
-        return tokens / max(self._seconds(bucket, drafts) * hurdle, 1e-9)
-
-    def _expected(self, request_id: str, drafts: int) -> float:
-        own = self.by_request.get(request_id)
-        expected = survival = 1.0
-        for i in range(drafts):
-            # Before anything is known a draft is taken to be right more often than not.
-            tried, taken = self.everyone.tried[i] + 1.0, self.everyone.taken[i] + 0.7
-            rate = taken / tried
-            if own is not None:
-                rate = (own.taken[i] + PRIOR * rate) / (own.tried[i] + PRIOR)
-            survival *= rate
-            expected += survival
-        return expected
-
-    def _seconds(self, bucket: int, drafts: int) -> float:
-        """Time of a step: medians of what was measured, else a guess from the nearest."""
-        verify = self._guess("verify", bucket, drafts, growth=0.1)
-        if not drafts:
-            return verify
-        plain = self._guess("verify", bucket, 0, growth=0.1)
-        draft = self._guess("draft", bucket, drafts, growth=1.0, otherwise=0.15 * plain * drafts)
-        return verify + draft
-
-    def _guess(
-        self, phase: str, bucket: int, drafts: int, *, growth: float, otherwise: float = 1.0
-    ) -> float:
-        known = self._medians.get((phase, bucket), {})
-        if drafts in known:
-            return known[drafts]
-        if not known:
-            return otherwise
-        nearest = min(known, key=lambda k: (abs(k - drafts), k))
-        return known[nearest] * (1.0 + growth * drafts) / (1.0 + growth * nearest)
+    def _pace(self, sequences: int, ruled: bool) -> Pace:
+        key = (_bucket(sequences), ruled)
+        pace = self._paces.get(key)
+        if pace is None:
+            pace = self._paces[key] = Pace()
+        return pace
 
 
 def _bucket(sequences: int) -> int:
     """Batch sizes that share their measurements: 1, 2, 3-4, 5-8, 9-16, ..."""
-    return (sequences - 1).bit_length() if sequences else 0
+    return (sequences - 1).bit_length()
+
+
+def _add_up(rates: Sequence[float], weight: float, total: list[float]) -> None:
+    """Add the expected tokens with 0, 1, ... drafts of ``weight`` sequences to ``total``."""
+    survival = expected = weight
+    total[0] += expected
+    for i, rate in enumerate(rates):
+        survival *= rate
+        expected += survival
+        total[i + 1] += expected

@@ -50,6 +50,20 @@ class GatedDeltaNet(nn.Module):
     def forward(self, h_PD: Tensor, batch: TokenBatch, view: CacheView | None) -> Tensor:
         """[P, D] -> [P, D]."""
         U, W, K, M = self.key_heads, self.value_heads, self.key_dim, self.value_dim
+        if view is None and self.ops.delta_layer is not None:
+            y_Px = self.ops.delta_layer(
+                qkvz=self.in_proj_qkvz(h_PD),
+                ba=self.in_proj_ba(h_PD),
+                conv_weight=self.conv1d.weight.squeeze(1),
+                A_log=self.A_log,
+                dt_bias=self.dt_bias,
+                norm_weight=self.norm.weight,
+                eps=self.norm.eps,
+                key_heads=U,
+                segments=batch.segments,
+            )
+            if y_Px is not None:
+                return self.out_proj(y_Px)
         # Rows are grouped by key head: q, k, then the values and the gates of its value heads.
         grouped_PUx = self.in_proj_qkvz(h_PD).unflatten(-1, (U, -1))
         q_PUK, k_PUK, v_PUx, z_PUx = grouped_PUx.split((K, K, W // U * M, W // U * M), dim=-1)

@@ -43,9 +43,9 @@ class SparseMoe(nn.Module):
         """[P, D] -> [P, D]."""
         # Float32 router: the tenth and eleventh of 512 logits are often closer than bfloat16 sees.
         logits_PE = self.ops.linear(x=h_PD.float(), weight=self.gate.weight.float())
-        weights_PX, ids_PX = logits_PE.softmax(-1).topk(self.experts_per_token, dim=-1)
-        if self.rescale:
-            weights_PX = weights_PX / weights_PX.sum(-1, keepdim=True)
+        weights_PX, ids_PX = self.ops.route(
+            logits=logits_PE, slots=self.experts_per_token, rescale=self.rescale
+        )
         if taps is not None and taps.want_router_logits:
             taps.router_logits.append(logits_PE)
         y_PD = self.ops.experts(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qnext import native
 from qnext.ops.segments import Segments
 
 
@@ -107,6 +108,30 @@ class GatedDeltaWhole(Protocol):
     ) -> Tensor: ...
 
 
+class DeltaLayer(Protocol):
+    """All of a delta layer between its projections, over whole sequences from nothing.
+
+    Shapes: qkvz [P, 2UK + 2WM] grouped by key head (query, key, values, gates), ba [P, 2W] grouped
+    likewise (write strengths, decays), conv_weight [ch, J], A_log and dt_bias [W], norm_weight [M]
+    -> [P, WM], what the output projection reads. None for tensors it does not take: then the ops
+    run one after the other.
+    """
+
+    def __call__(
+        self,
+        *,
+        qkvz: Tensor,
+        ba: Tensor,
+        conv_weight: Tensor,
+        A_log: Tensor,
+        dt_bias: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        key_heads: int,
+        segments: Segments,
+    ) -> Tensor | None: ...
+
+
 class Attention(Protocol):
     """Causal attention inside each sequence; softmax in float32.
 
@@ -153,6 +178,29 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
 
+class Route(Protocol):
+    """The experts of every token: the ``slots`` largest entries of the softmax, largest first.
+
+    With ``rescale`` the weights of a token are divided by their sum. Shapes: logits [P, E] float32
+    -> weights [P, X] float32, ids [P, X] int64.
+    """
+
+    def __call__(self, *, logits: Tensor, slots: int, rescale: bool) -> tuple[Tensor, Tensor]: ...
+
+
+class CrossEntropyRows(Protocol):
+    """Loss and logarithm of the mass of rows of logits, and whether the label is the likeliest.
+
+    With ``slopes`` the logits are overwritten by ``weight * (softmax - label)``, rounded to their
+    dtype; everything else is float32 (or wider). Shapes: logits [B, V], labels [B] int64, weights
+    [B] -> loss [B], lse [B], hits [B] bool.
+    """
+
+    def __call__(
+        self, *, logits: Tensor, labels: Tensor, weights: Tensor, slopes: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 BOUNDS: Mapping[str, float] = {
     "rms_norm": 1e-5,
     "rms_norm_zero_centred": 1e-5,
@@ -165,9 +213,12 @@ BOUNDS: Mapping[str, float] = {
     "gated_delta_verify": 1e-5,
     "gated_delta_chunk": 2e-5,
     "gated_delta_whole": 2e-5,
+    "delta_layer": 2e-5,
     "attention": 1e-5,
     "attention_paged": 1e-5,
     "experts": 1e-5,
+    "route": 1e-5,
+    "cross_entropy_rows_": 1e-5,
 }
 """Largest difference to the reference, relative to the reference's RMS, for float32 inputs."""
 
@@ -186,12 +237,22 @@ def only_for_gradients(spec: OpSpec) -> str | None:
     return None if spec.grad else "no gradients are asked for."
 
 
+def native_for_gradients(spec: OpSpec) -> str | None:
+    """Why a native forward and backward pass does not fit, if so."""
+    if not spec.grad:
+        return "no gradients are asked for."
+    if spec.device != "cpu":
+        return f"it was made for the CPU, not for {spec.device}."
+    return native.unfit_for_training()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Impl:
     """One implementation of an op: its backend's name, how to get it, and when it does not fit."""
 
     backend: str
-    load: Callable[[], Callable[..., object]]
+    load: Callable[[], Callable[..., object] | None]
+    """The function; None for an op that merely joins others, where they run one by one."""
     unfit: Callable[[OpSpec], str | None] = field(default=lambda spec: None)
     """None, or one English sentence that says why this backend cannot serve the spec."""
 
@@ -213,8 +274,12 @@ class Ops:
     with T the longest length; a finished sequence keeps its last one."""
     gated_delta_chunk: GatedDelta
     gated_delta_whole: GatedDeltaWhole
+    delta_layer: DeltaLayer | None
+    """None where the layer's ops run one after the other."""
     attention: Attention
     attention_paged: PagedAttention
     experts: Experts
+    route: Route
+    cross_entropy_rows_: CrossEntropyRows
     report: tuple[str, ...]
     """One line per op: the backend that runs and why the preferred ones do not."""

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qnext import native
+from qnext.ops.contracts import CrossEntropyRows, Impl, native_for_gradients
+from qnext.ops.native_call import addresses, taken
+
 BLOCK_BYTES = 32 << 20
 """Float32 logits alive at once. Every block adds to the whole gradient of the head, so that small
 ones cost more than they save."""
@@ -53,20 +57,25 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     *,
     block_bytes: int = BLOCK_BYTES,
+    rows_op: CrossEntropyRows | None = None,
 ) -> CrossEntropy:
     """Weighted cross-entropy of rows under a head, at most ``block_bytes`` of logits at a time.
 
     Shapes: x [R, D], weight [V, D], labels [R] int64, weights [R] float32 (None for ones).
     Products are in the dtype of x, everything after them is float32. Without gradients the second
-    half of the work is skipped.
+    half of the work is skipped. ``rows_op`` is what judges blocks of whole rows, the reference if
+    left out.
     """
+    rows_op = rows_op or cross_entropy_rows_reference_
     if weights is None:
         weights = x.new_ones(x.shape[0], dtype=torch.float32)
     used = torch.nonzero(weights).flatten()
     if used.shape[0] == x.shape[0]:
-        return CrossEntropy(*_LinearCrossEntropy.apply(x, weight, labels, weights, block_bytes))
+        return CrossEntropy(
+            *_LinearCrossEntropy.apply(x, weight, labels, weights, block_bytes, rows_op)
+        )
     total, *rows = _LinearCrossEntropy.apply(
-        x[used], weight, labels[used], weights[used], block_bytes
+        x[used], weight, labels[used], weights[used], block_bytes, rows_op
     )
     scattered = [row.new_zeros(x.shape[0]).index_copy(0, used, row) for row in rows]
     return CrossEntropy(total, *scattered)
@@ -76,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Rows that all count; see ``linear_cross_entropy``."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, weights, block_bytes):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, weight, labels, weights, block_bytes, rows_op):  # type: ignore[no-untyped-def, override]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         R, V = x.shape[0], weight.shape[0]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -92,23 +101,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_BD, labels_B, weights_B = x[part], labels[part], weights[part].to(wide)
             if columns == V:
                 logits_BV = x_BD @ weight.T
-                top_B, first_B = logits_BV.max(-1)
-                share_BV = logits_BV.softmax(-1, dtype=wide)
-                # The largest share is at least 1 / V, so that its logarithm is always finite.
-                lse_B = top_B.to(wide) - share_BV.gather(1, first_B[:, None])[:, 0].log()
-                label_B = logits_BV.gather(1, labels_B[:, None])[:, 0].to(wide)
-                blocks = ((0, share_BV),) if needs_x or needs_weight else ()
+                wanted = needs_x or needs_weight
+                loss[part], lse[part], hits[part] = rows_op(
+                    logits=logits_BV, labels=labels_B, weights=weights_B, slopes=wanted
+                )
+                slopes = ((0, logits_BV),) if wanted else ()
             else:
-                lse_B, label_B, first_B = _scan(x_BD, weight, labels_B, columns, wide)
-                blocks = _shares(x_BD, weight, lse_B, columns) if needs_x or needs_weight else ()
-            loss[part], lse[part], hits[part] = lse_B - label_B, lse_B, first_B == labels_B
-            for first, share_Bv in blocks:
-                inside = labels_B - first
-                here = (inside >= 0) & (inside < share_Bv.shape[1])
-                place_B1 = inside.clamp(0, share_Bv.shape[1] - 1)[:, None]
-                share_Bv.scatter_add_(1, place_B1, -here.to(wide)[:, None])
-                slope_Bv = share_Bv.mul_(weights_B[:, None]).to(x.dtype)
-                columns_v = slice(first, first + share_Bv.shape[1])
+                lse[part], label_B, first_B = _scan(x_BD, weight, labels_B, columns, wide)
+                loss[part], hits[part] = lse[part] - label_B, first_B == labels_B
+                given = (x_BD, weight, labels_B, weights_B, lse[part], columns)
+                slopes = _slopes(*given) if needs_x or needs_weight else ()
+            for first, slope_Bv in slopes:
+                columns_v = slice(first, first + slope_Bv.shape[1])
                 if dx is not None:
                     dx[part] += slope_Bv @ weight[columns_v]
                 if dw is not None:
@@ -125,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx = dx * scale.to(dx.dtype)
         if dw is not None:
             dw = (dw * scale).to(ctx.weight_dtype)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def _scan(
@@ -153,8 +157,61 @@ def _scan(
     return top + mass.log(), label, winner
 
 
-def _shares(x: Tensor, weight: Tensor, lse: Tensor, columns: int):  # type: ignore[no-untyped-def]
-    """(first token, softmax of the block [B, columns]), with the logits computed once more."""
+def _slopes(  # type: ignore[no-untyped-def]
+    x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, columns: int
+):
+    """(first token, slope of the block [B, columns]), with the logits computed once more."""
     for first in range(0, weight.shape[0], columns):
-        logits = (x @ weight[first : first + columns].T).to(lse.dtype)
-        yield first, logits.sub_(lse[:, None]).exp_()
+        share = (x @ weight[first : first + columns].T).to(lse.dtype)
+        share.sub_(lse[:, None]).exp_()
+        inside = labels - first
+        here = (inside >= 0) & (inside < share.shape[1])
+        yield first, _slope(share, inside, here, weights).to(x.dtype)
+
+
+def _slope(share: Tensor, labels: Tensor, here: Tensor, weights: Tensor) -> Tensor:
+    """weights * (share - 1 at the label, where it is ``here``); overwrites ``share`` [B, v]."""
+    place = labels.clamp(0, share.shape[1] - 1)[:, None]
+    share.scatter_add_(1, place, -here.to(share.dtype)[:, None])
+    return share.mul_(weights[:, None])
+
+
+def cross_entropy_rows_reference_(
+    *, logits: Tensor, labels: Tensor, weights: Tensor, slopes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax in float32 (or wider)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    top_B, first_B = logits.max(-1)
+    share_BV = logits.softmax(-1, dtype=wide)
+    # The largest share is at least 1 / V, so that its logarithm is always finite.
+    lse_B = top_B.to(wide) - share_BV.gather(1, first_B[:, None])[:, 0].log()
+    label_B = logits.gather(1, labels[:, None])[:, 0].to(wide)
+    if slopes:
+        logits.copy_(_slope(share_BV, labels, torch.ones_like(labels), weights))
+    return lse_B - label_B, lse_B, first_B == labels
+
+
+def cross_entropy_rows_native_(
+    *, logits: Tensor, labels: Tensor, weights: Tensor, slopes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in one native call; types other than float32 and bfloat16 as the reference does."""
+    if not taken(logits) or not logits.is_contiguous():
+        return cross_entropy_rows_reference_(
+            logits=logits, labels=labels, weights=weights, slopes=slopes
+        )
+    loss, lse = torch.empty(2, logits.shape[0]).unbind()
+    hits = torch.empty(logits.shape[0], dtype=torch.bool)
+    given = (labels.contiguous(), weights.float().contiguous())
+    native.load().cross_entropy(
+        *logits.shape, logits.dtype == torch.bfloat16, slopes,
+        *addresses(logits, *given, loss, lse, hits),
+    )  # fmt: skip
+    return loss, lse, hits
+
+
+IMPLS = {
+    "cross_entropy_rows_": (
+        Impl(backend="native", load=lambda: cross_entropy_rows_native_, unfit=native_for_gradients),
+        Impl(backend="reference", load=lambda: cross_entropy_rows_reference_),
+    ),
+}

@@ -10,8 +10,23 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from qnext.errors import BackendError
-from qnext.ops import attention, conv, elementwise, gated_delta, linear, moe, norm, rope
-from qnext.ops.contracts import Impl, Ops, OpSpec, only_for_gradients
+from qnext.ops import (
+    attention,
+    attention_native,
+    conv,
+    cross_entropy,
+    delta_layer,
+    elementwise,
+    experts_native,
+    gated_delta,
+    linear,
+    moe,
+    norm,
+    norm_native,
+    rope,
+    route,
+)
+from qnext.ops.contracts import Impl, Ops, OpSpec, native_for_gradients, only_for_gradients
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     **norm.IMPLS,
@@ -20,9 +35,20 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     **rope.IMPLS,
     **conv.IMPLS,
     **gated_delta.IMPLS,
+    **delta_layer.IMPLS,
     **attention.IMPLS,
     **moe.IMPLS,
+    **route.IMPLS,
+    **cross_entropy.IMPLS,
+    "attention": (*attention_native.IMPLS["attention"], *attention.IMPLS["attention"]),
+    "rms_norm_zero_centred": (
+        *norm_native.IMPLS["rms_norm_zero_centred"],
+        *norm.IMPLS["rms_norm_zero_centred"],
+    ),
+    "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
+JOINED = {"delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated")}
+"""Ops that stand for several others: asking for one of those by name leaves them apart."""
 OP_NAMES = tuple(item.name for item in fields(Ops) if item.name != "report")
 
 
@@ -43,7 +69,10 @@ def select(spec: OpSpec | None = None, prefer: Mapping[str, str] | None = None) 
     chosen: dict[str, object] = {}
     report = []
     for op in OP_NAMES:
-        impl, refusals = _choose(op, spec, wanted.get(op, wanted.get("all")), op in wanted)
+        name = wanted.get(op, wanted.get("all"))
+        if op in JOINED and op not in wanted and (name or any(x in wanted for x in JOINED[op])):
+            name = name if name == "native" else "reference"
+        impl, refusals = _choose(op, spec, name, op in wanted)
         chosen[op] = impl.load()
         why = f" ({'; '.join(refusals)})" if refusals else ""
         report.append(f"{op}: {impl.backend}{why}")
@@ -77,7 +106,7 @@ def _choose(op: str, spec: OpSpec, name: str | None, strict: bool) -> tuple[Impl
         if reason is None:
             return impl, refusals
         # Nobody who serves asked why a training op does not run.
-        if impl.unfit is not only_for_gradients:
+        if spec.grad or impl.unfit not in (only_for_gradients, native_for_gradients):
             refusals.append(f"{impl.backend}: {reason}")
     raise AssertionError(f"{op}: the reference must fit every spec, {spec}")
 

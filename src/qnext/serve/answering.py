@@ -19,6 +19,12 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """A proxy that kept events back would make a stream pointless."""
 
 
+KEEP_ALIVE_S = 15.0
+"""Proxies and clients often give up on a connection that is silent for half a minute or more."""
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients of server-sent events leave out."""
+
+
 def failed(error: EngineStopped | TimedOut) -> ApiError:
     """What a client is told when the engine gives up on its request."""
     if isinstance(error, TimedOut):
@@ -29,9 +35,17 @@ def failed(error: EngineStopped | TimedOut) -> ApiError:
 class EventStream(StreamingResponse):
     """Server-sent events; when the client leaves, at whatever moment, the job is cancelled."""
 
-    def __init__(self, job: Job, writer: Writer, record: Record, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        writer: Writer,
+        record: Record,
+        headers: dict[str, str],
+        keep_alive_s: float | None,
+    ) -> None:
+        """A stream that is silent for ``keep_alive_s`` sends a comment; None for never."""
         super().__init__(
-            _events(job, writer, record),
+            _events(job, writer, record, keep_alive_s),
             media_type="text/event-stream",
             headers={**HEADERS, **headers},
         )
@@ -44,25 +58,28 @@ class EventStream(StreamingResponse):
             self._job.cancel()
 
 
-async def _events(job: Job, writer: Writer, record: Record) -> AsyncIterator[bytes]:
+async def _events(
+    job: Job, writer: Writer, record: Record, keep_alive_s: float | None
+) -> AsyncIterator[bytes]:
     opening = writer.opening()
     if opening:
         yield opening
     try:
-        async for batch in job.batches():
+        async for batch in job.batches(keep_alive_s):
+            if not batch:
+                yield KEEP_ALIVE
+                continue
             record.note(batch)
             # What has arrived meanwhile leaves in one write.
             text = b"".join([writer.piece(index, delta) for index, delta in batch])
+            if job.is_done:
+                text += writer.closing()
             if text:
                 yield text
     except (EngineStopped, TimedOut) as error:
         refusal = failed(error)
         record.code = refusal.code
         yield writer.failure(refusal)
-        return
-    closing = writer.closing()
-    if closing:
-        yield closing
 
 
 async def run_to_end(http: HttpRequest, job: Job, writer: Writer, record: Record) -> bool:

@@ -6,6 +6,7 @@ sockets and the banner in ``server.py``.
 """
 
 import contextlib
+import gc
 import logging
 import secrets
 import sys
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,18 +28,20 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from qnext.engine.explain import MAX_KEPT
+from qnext.engine.explain import MAX_KEPT as MAX_EXPLAINED
 from qnext.errors import QnextError
 from qnext.llm import LLM
-from qnext.serve.answering import EventStream, failed, run_to_end
+from qnext.serve.answering import KEEP_ALIVE_S, EventStream, failed, run_to_end
 from qnext.serve.api.chat import ChatRequest
 from qnext.serve.api.completions import CompletionRequest
 from qnext.serve.api.fields import Head, Sampling
 from qnext.serve.api.messages import CountRequest, MessagesRequest
 from qnext.serve.api.responses import ResponsesRequest
+from qnext.serve.api.responses_writer import ResponseWriter
 from qnext.serve.api.tokens import DetokenizeRequest, TokenizeRequest
 from qnext.serve.gate import Gate, Rules
 from qnext.serve.inspecting import Inspector
+from qnext.serve.kept import MAX_KEPT, KeptResponses
 from qnext.serve.metrics import MEDIA_TYPE, Metrics
 from qnext.serve.openapi import document
 from qnext.serve.page import page_routes
@@ -48,7 +52,15 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
-SWITCH_S = 0.0005
+SWITCH_S = 0.0001
+"""How long a thread may keep the interpreter from another one.
+
+The event loop lets go of it at every read and write; each time it would wait so long to go on.
+"""
+MAX_AT_ONCE_BYTES = 2048
+"""A prompt in a body of this size takes about half a millisecond to encode."""
+FEW = 4
+"""Unfinished requests among which a short prompt is encoded at once."""
 ENCODERS = 2
 """Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
@@ -69,6 +81,10 @@ class Limits:
     """Requests that may wait beyond those that run; more are refused with status 429."""
     timeout_s: float | None = None
     """Time for an answer from when the engine has accepted it; None for any."""
+    keep_alive_s: float | None = KEEP_ALIVE_S
+    """A stream that has been silent for so long sends a comment; None for never."""
+    max_kept: int = MAX_KEPT
+    """Answers of ``/v1/responses`` that can be gone on from; see kept.py for the other limits."""
 
 
 def create_app(
@@ -90,6 +106,7 @@ def create_app(
         "/v1/chat/completions": (service.generating(ChatRequest), "POST"),
         "/v1/completions": (service.generating(CompletionRequest), "POST"),
         "/v1/responses": (service.generating(ResponsesRequest), "POST"),
+        "/v1/responses/{id}": (service.kept_response, "GET DELETE"),
         "/v1/messages": (service.generating(MessagesRequest), "POST"),
         "/v1/messages/count_tokens": (service.answering(CountRequest), "POST"),
         "/v1/models": (service.models, "GET"),
@@ -107,15 +124,15 @@ def create_app(
     if origins:
         # Before the gate: a browser asks for leave without the key it would send.
         cors = Middleware(
-            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
             expose_headers=["x-request-id", "x-qnext-ignored", "retry-after"],
         )  # fmt: skip
         middleware.insert(0, cors)
     app = Starlette(
         routes=[
-            Route(path, _recorded(path, handler), methods=[method])
-            for path, (handler, method) in routes.items()
+            Route(path, _recorded(path, handler), methods=methods.split())
+            for path, (handler, methods) in routes.items()
         ],
         middleware=middleware,
         lifespan=service.lifespan,
@@ -139,7 +156,8 @@ class _Service:
         self._started = int(time.time())
         # More threads would only wait for each other, and the event loop for all of them.
         self._encoders = CapacityLimiter(ENCODERS)
-        self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_KEPT)
+        self._kept = KeptResponses(count=limits.max_kept)
+        self._answers: deque[tuple[str, str]] = deque(maxlen=MAX_EXPLAINED)
         """(id of an answer, id of its request in the engine)."""
 
     @contextlib.asynccontextmanager
@@ -147,11 +165,16 @@ class _Service:
         # The event loop has little to do at a time, and must not wait long for the engine's thread.
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
+        # What is there now stays: looking through all of it for garbage, again and again, would
+        # hold up every thread for more than a tenth of a second each time.
+        gc.collect()
+        gc.freeze()
         self.worker.start()
         try:
             yield
         finally:
             await run_in_threadpool(self.worker.stop)
+            gc.unfreeze()
             sys.setswitchinterval(before)
 
     # -- generating ------------------------------------------------------------------------------
@@ -161,8 +184,13 @@ class _Service:
 
         async def handler(http: HttpRequest) -> Response:
             asked = await self._read(http, kind)
-            job = await self._submit(asked)
             record = http.scope["record"]
+            if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
+                self._go_on(asked, record.owner)
+            # Among many, one more has to wait anyway, and together they would hold up the loop.
+            few = self.worker.unfinished < FEW
+            at_once = few and record.body_bytes <= MAX_AT_ONCE_BYTES
+            job = await self._submit(asked, at_once=at_once and not asked.is_laborious())
             record.submitted, record.stream = time.monotonic(), bool(asked.stream)
             record.per_prompt = job.requests[0].params.n
             head = Head(
@@ -175,9 +203,12 @@ class _Service:
             if isinstance(asked, Sampling) and asked.wants_inspection():
                 self._inspector.remember(head.id, job.requests[0])
             writer = asked.writer(self.llm, head)
+            if isinstance(asked, ResponsesRequest) and asked.store is not False:
+                assert isinstance(writer, ResponseWriter), writer
+                writer.keep = partial(self._kept.keep, items=asked.items(), owner=record.owner)
             headers = {"x-qnext-ignored": ", ".join(record.ignored)} if record.ignored else {}
             if asked.stream:
-                return EventStream(job, writer, record, headers)
+                return EventStream(job, writer, record, headers, self.limits.keep_alive_s)
             if not await run_to_end(http, job, writer, record):
                 return Response(status_code=CLIENT_GONE)
             return _json(writer.whole(), headers=headers)
@@ -216,16 +247,29 @@ class _Service:
         asked, ignored = read_body(bytes(raw), kind)
         self._check_model(asked.model)
         record = http.scope["record"]
-        record.ignored = ignored
+        record.ignored, record.body_bytes = ignored, len(raw)
         if self._log_prompts:
             record.asked = msgspec.json.decode(raw)
         return asked
 
-    async def _submit(self, asked: Generating) -> Job:
-        """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
+    def _go_on(self, asked: ResponsesRequest, owner: bytes) -> None:
+        earlier = self._kept.items(asked.previous_response_id or "", owner)
+        try:
+            asked.go_on_from(earlier)
+        except QnextError as error:
+            raise ApiError.of(error) from error
+
+    async def _submit(self, asked: Generating, *, at_once: bool) -> Job:
+        """Encode in a thread of its own, so that a long prompt does not hold up other clients.
+
+        For one that takes less time than the way to another thread and back, ``at_once`` does not.
+        """
         code = None
         try:
-            pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
+            if at_once:
+                pairs = asked.prepare(self.llm)
+            else:
+                pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
             if isinstance(asked, Sampling) and asked.wants_inspection():
                 pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:
@@ -244,6 +288,18 @@ class _Service:
             ) from error
         except QnextError as error:
             raise ApiError.of(error, code=code) from error
+
+    async def kept_response(self, http: HttpRequest) -> Response:
+        """GET and DELETE /v1/responses/ID"""
+        name, owner = http.path_params["id"], http.scope["record"].owner
+        if http.method == "DELETE":
+            self._kept.forget(name, owner)
+            return _json({"id": name, "object": "response", "deleted": True})
+        if http.query_params.get("stream", "false") != "false":
+            raise ApiError(
+                400, "stream: a response that is kept is sent in one piece.", param="stream"
+            )
+        return Response(self._kept.response(name, owner), media_type="application/json")
 
     # -- telling ---------------------------------------------------------------------------------
 
@@ -295,7 +351,8 @@ class _Service:
         if wanted is not None and not found:
             raise ApiError(
                 404,
-                f"request: {wanted!r} is not among the last {MAX_KEPT} answers of this server.",
+                f"request: {wanted!r} is not among the last {MAX_EXPLAINED} answers of this "
+                "server.",
                 param="request",
                 code="request_not_found",
             )

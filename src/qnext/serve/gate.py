@@ -51,14 +51,18 @@ class Rules:
     def __post_init__(self) -> None:
         object.__setattr__(self, "digests", tuple(_digest(key) for key in self.keys))
 
-    def admits(self, headers: Headers) -> bool:
-        """Whether a request carries one of the keys; takes the same time whichever it is."""
+    def admitted(self, headers: Headers) -> bytes | None:
+        """The digest of the key a request carries; takes the same time whichever it is.
+
+        None without one of the keys.
+        """
         scheme, _, value = headers.get("authorization", "").partition(" ")
         given = _digest(value.strip() if scheme.lower() == "bearer" else "")
         other = _digest(headers.get("x-api-key", ""))
-        found = False
+        found = None
         for digest in self.digests:
-            found |= hmac.compare_digest(given, digest) | hmac.compare_digest(other, digest)
+            if hmac.compare_digest(given, digest) | hmac.compare_digest(other, digest):
+                found = digest
         return found
 
     def knows(self, host: str) -> bool:
@@ -133,7 +137,7 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            refusal = self._refusal(scope["path"], headers, record)
             if refusal is None:
                 await self._app(scope, receive, note)
             else:
@@ -151,7 +155,7 @@ class Gate:
                 found = {"method": scope["method"], "path": scope["path"]}
                 log.info("request", extra={"fields": found | record.as_dict(status, now)})
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+    def _refusal(self, path: str, headers: Headers, record: Record) -> ApiError | None:
         if not self._rules.keys:
             if not self._rules.knows(headers.get("host", "")):
                 return ApiError(
@@ -162,7 +166,9 @@ class Gate:
                     code="unknown_host",
                 )
             return None
-        if path in _OPEN or path.startswith("/ui/") or self._rules.admits(headers):
+        owner = self._rules.admitted(headers)
+        record.owner = owner or b""
+        if path in _OPEN or path.startswith("/ui/") or owner is not None:
             return None
         return ApiError(
             401,

@@ -1,6 +1,6 @@
 """``GET /openapi.json``: the interface in OpenAPI 3.1, made from the types requests have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -20,7 +20,7 @@ _REFUSALS = {
     "400": "The request is wrong, or not possible here",
     "401": "No key, or a wrong one",
     "403": "The server does not go by this name",
-    "404": "There is no such model, or nothing at this address",
+    "404": "There is no such model, nothing at this address, or nothing kept under this id",
     "413": "The body is too large",
     "415": "The body is not JSON",
     "429": "Too many requests wait already; Retry-After says when to try again",
@@ -40,6 +40,8 @@ class Operation:
     streams: bool = False
     query: tuple[tuple[str, dict[str, Any], str], ...] = ()
     """(name, schema, description) of parameters."""
+    deleted: type | None = None
+    """The answer of DELETE at the same address; None where there is nothing to delete."""
     media_type: str = JSON
     refusals: tuple[str, ...] = ("401", "403")
 
@@ -58,6 +60,10 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/responses": Operation(
         summary="Answer items", body=ResponsesRequest, answer=shapes.ResponseObject,
         streams=True, refusals=_RUN,
+    ),
+    "/v1/responses/{id}": Operation(
+        summary="A response that is kept", answer=shapes.ResponseObject,
+        deleted=shapes.DeletedResponse, refusals=("400", "401", "403", "404"),
     ),
     "/v1/messages": Operation(
         summary="Answer a conversation of Anthropic's clients", body=MessagesRequest,
@@ -102,7 +108,9 @@ OPERATIONS: dict[str, Operation] = {
 
 def document() -> dict[str, Any]:
     """The OpenAPI document of the server."""
-    types = [one for each in OPERATIONS.values() for one in (each.body, each.answer) if one]
+    types = [
+        one for each in OPERATIONS.values() for one in (each.body, each.answer, each.deleted) if one
+    ]
     types += [shapes.ErrorBody, shapes.AnthropicErrorBody]
     references, schemas = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
@@ -115,6 +123,11 @@ def document() -> dict[str, Any]:
         path: {"post" if each.body else "get": _operation(path, each, named)}
         for path, each in OPERATIONS.items()
     }
+    for path, each in OPERATIONS.items():
+        if each.deleted is not None:
+            removal = replace(each, summary="Forget it", answer=each.deleted)
+            found = _operation(path, removal, named)
+            paths[path]["delete"] = {**found, "operationId": f"delete_{found['operationId']}"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "qnext", "version": __version__},

@@ -17,6 +17,8 @@ class Record:
     id: str
     route: str = ""
     """The path as the application knows it."""
+    owner: bytes = b""
+    """Digest of the key it came with; empty where the server asks for none."""
     answer: str | None = None
     """Id of the answer."""
     stream: bool = False
@@ -30,6 +32,8 @@ class Record:
     per_prompt: int = 1
     """Choices of each prompt."""
     reasons: Counter[str] = field(default_factory=Counter)
+    body_bytes: int = 0
+    """Size of what was asked."""
     ignored: Sequence[str] = ()
     code: str | None = None
     """Of the error, where there was one."""

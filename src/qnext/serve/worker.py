@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qnext.answers import Delta, TextReader
@@ -22,8 +22,12 @@ from qnext.llm import LLM
 MAX_WAITING = 256
 """Requests that may wait for a place in the engine."""
 MAX_RETRY_S = 60
-HAND_OVER_S = 0.003
-"""The event loop is woken no more often: of quick steps, several are handed over at once."""
+HAND_OVER_S = 1 / 30
+"""What an answer adds is handed to the event loop no more often: of quick steps, several at once.
+
+Its first token and its last do not wait; thirty pieces a second look like a flow. A hand-over costs
+a third of a millisecond of the loop's time, in part of which the engine's thread has to wait.
+"""
 
 
 class EngineStopped(QnextError):
@@ -62,24 +66,41 @@ class Job:
     begun: float = field(default_factory=time.monotonic)
     _left: int = 0
     """Requests that have not ended, as far as the reading side knows."""
+    _has_begun: bool = False
+    """Whether the event loop was given a first piece of text."""
     _arrived: deque[Item] = field(default_factory=deque)
     """None says that the engine has accepted the requests; an error is the last item."""
     _waiter: "asyncio.Future[None] | None" = None
     _timer: asyncio.TimerHandle | None = None
+    _listener: asyncio.TimerHandle | None = None
+    _heard: float = 0.0
+    """When there was something to read, or to say that there is nothing."""
 
     @property
     def requests(self) -> list[Request]:
         """What was asked of the engine, one request per choice."""
         return [request for request, _ in self.pairs]
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+    @property
+    def is_done(self) -> bool:
+        """Whether every request has ended, and its last piece was read."""
+        return not self._left
+
+    async def batches(
+        self, silence_s: float | None = None
+    ) -> AsyncIterator[list[tuple[int, Delta]]]:
         """What the requests produce, as it is produced: (choice, delta), whatever has arrived.
 
         What arrived of one choice is one delta: of quick steps, several tokens leave together. The
-        last delta of every choice has a finish reason. Raises EngineStopped or TimedOut.
+        last delta of every choice has a finish reason. A batch is empty when there was nothing for
+        ``silence_s``. Raises EngineStopped or TimedOut.
         """
+        self._heard = self._loop.time()
+        if silence_s is not None:
+            self._listen(silence_s)
         while self._left:
             await self._wait()
+            self._heard = self._loop.time()
             batch: dict[int, list[Delta]] = {}
             while self._arrived:
                 item = self._arrived.popleft()
@@ -96,15 +117,24 @@ class Job:
 
     def cancel(self) -> None:
         """Take the requests out of the engine at its next step; harmless when they have ended."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._listener):
+            if timer is not None:
+                timer.cancel()
         if self._left:
             self._worker._inbox.put(("cancel", self))
 
     def _expire(self, after_s: float) -> None:
         self._worker._inbox.put(("cancel", self))
         error = TimedOut(f"the request did not end within {after_s:g} s, the limit of this server.")
-        _put_all([(self, error)])
+        _put_all([(self, [error])])
+
+    def _listen(self, silence_s: float) -> None:
+        """Wake whoever reads after so long a silence; one timer, however many pieces there are."""
+        left_s = self._heard + silence_s - self._loop.time()
+        if left_s <= 0:
+            _put_all([(self, ())])
+            left_s = silence_s
+        self._listener = self._loop.call_later(left_s, self._listen, silence_s)
 
     async def _wait(self) -> None:
         if not self._arrived:
@@ -158,8 +188,8 @@ class Worker:
         """Requests accepted and not ended; guarded by the mutex, as is the next."""
         self._usual_s = 1.0
         """How long a request took lately, on average."""
-        self._pending: list[tuple[Job, Item]] = []
-        """What the event loop has not been given yet."""
+        self._pending: dict[Job, list[Item]] = {}
+        """What the event loops have not been given yet."""
         self._handed_over = 0.0
         self.draining = False
         self.generated = 0
@@ -246,7 +276,7 @@ class Worker:
             # Also after an exception, which the thread then reports: nobody must wait for ever.
             self._stopped.set()
             self._deliver(self._pending)
-            self._deliver([(job, EngineStopped("the server stopped.")) for job in self._left()])
+            self._deliver({job: [EngineStopped("the server stopped.")] for job in self._left()})
             self._jobs.clear()
             self.load = Load()
             # Only this thread touches the cache, so it is the one to write it to disk.
@@ -284,11 +314,11 @@ class Worker:
             except RequestError as error:
                 self._drop(job, "refused")
                 self._forget("refused", len(job.pairs) - index)
-                self._deliver([(job, error)])
+                self._deliver({job: [error]})
                 return
             self._jobs[request.id] = (job, index, reader)
         self.load = self._look()
-        self._deliver([(job, None)])
+        self._deliver({job: [None]})
 
     def _drop(self, job: Job, why: str) -> None:
         for request, _ in job.pairs:
@@ -302,7 +332,7 @@ class Worker:
             self._unfinished -= count
 
     def _step(self) -> None:
-        results: list[tuple[Job, Item]] = []
+        urgent: dict[Job, list[Item]] = {}
         for event in self._llm.engine.step():
             found = self._jobs.get(event.request_id)
             if found is None:
@@ -314,32 +344,34 @@ class Worker:
                 self._llm.engine.cancel(event.request_id, "stop")
             if delta is None:
                 continue
-            results.append((job, (index, delta)))
+            self._pending.setdefault(job, []).append((index, delta))
+            if not job._has_begun or delta.finish_reason is not None:
+                job._has_begun = bool(delta.parts)  # a think tag, say, is nothing to be seen yet
+                urgent[job] = self._pending[job]
             if delta.finish_reason is not None:
-                self._handed_over = 0.0  # an answer that is complete is not kept back
                 self._llm.ended(reader, delta.finish_reason)
                 del self._jobs[event.request_id]
                 self._forget(delta.finish_reason)
                 self._usual_s += 0.1 * (time.monotonic() - job.begun - self._usual_s)
-        self._pending += results
         now = time.monotonic()
         if now - self._handed_over >= HAND_OVER_S or not self._llm.engine.has_work:
-            self._hand_over(now)
+            self._handed_over = now
+            self.load = self._look()
+            results, self._pending = self._pending, {}
+            self._deliver(results)
+        elif urgent:
+            self.load = self._look()
+            for job in urgent:
+                del self._pending[job]
+            self._deliver(urgent)
 
-    def _hand_over(self, now: float) -> None:
-        """Give the event loop what has come since it was last woken."""
-        self._handed_over = now
-        self.load = self._look()
-        results, self._pending = self._pending, []
-        self._deliver(results)
-
-    def _deliver(self, results: list[tuple[Job, Item]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Item]]] = {}
-        for job, item in results:
-            by_loop.setdefault(job._loop, []).append((job, item))
-        for loop, items in by_loop.items():
+    def _deliver(self, results: Mapping[Job, Sequence[Item]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Sequence[Item]]]] = {}
+        for job, items in results.items():
+            by_loop.setdefault(job._loop, []).append((job, items))
+        for loop, several in by_loop.items():
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_put_all, items)
+                loop.call_soon_threadsafe(_put_all, several)
 
     def _left(self) -> list[Job]:
         """Jobs nobody will finish: those that run, and those still in the inbox."""
@@ -366,10 +398,10 @@ class Worker:
         )
 
 
-def _put_all(items: list[tuple[Job, Item]]) -> None:
+def _put_all(several: Sequence[tuple[Job, Sequence[Item]]]) -> None:
     """Hand over what has arrived; runs in the event loop."""
-    for job, item in items:
-        job._arrived.append(item)
+    for job, items in several:
+        job._arrived.extend(items)
         waiter = job._waiter
         if waiter is not None:
             job._waiter = None

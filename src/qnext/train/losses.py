@@ -162,8 +162,9 @@ def _token_losses(
         scaled.append(plain[-1] * weight)
     head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
     judged: CrossEntropy = linear_cross_entropy(
-        torch.cat(rows), head, torch.cat(labels), torch.cat(scaled)
-    )
+        torch.cat(rows), head, torch.cat(labels), torch.cat(scaled),
+        rows_op=model.ops.cross_entropy_rows_,
+    )  # fmt: skip
     parts: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
     terms: dict[str, float] = {}
@@ -191,7 +192,7 @@ class _Routing:
         scope: str,
     ) -> None:
         self.batch, self.denominators, self.scope = batch, denominators, scope
-        self.slots = model.config.num_experts_per_tok
+        self.route, self.slots = model.ops.route, model.config.num_experts_per_tok
         self.experts = model.config.num_experts
         self.fractions_LE = fractions_LE
         count, device = router_count(model), model.device
@@ -231,7 +232,7 @@ class _Routing:
         lse_n1 = logits_nE.logsumexp(-1, keepdim=True)
         log_p_nE = logits_nE - lse_n1
         p_nE = log_p_nE.exp()
-        chosen_nX = logits_nE.detach().topk(self.slots, dim=-1).indices
+        _, chosen_nX = self.route(logits=logits_nE.detach(), slots=self.slots, rescale=False)
         counts_E = torch.bincount(chosen_nX.flatten(), minlength=self.experts)
         if self.scope == "micro":
             share_E = fractions(counts_E[None])[0]

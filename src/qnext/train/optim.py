@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qnext.config import ModelConfig
+from qnext.ops.adam import AdamStep, adam_
 from qnext.train.recipe import Optimiser, Schedule
 
 FLOAT32 = re.compile(r"(A_log|dt_bias|norm\.weight|norm_\w+\.weight|mlp\.gate\.weight)$")
@@ -257,7 +258,7 @@ class OptimiserState:
             if grad is None:
                 return None
             before = slot.master.clone() if want_ratios else None
-            self._update(slot, grad if scale == 1.0 else grad.mul_(scale), rate)
+            self._update(slot, grad, scale, rate)
             if before is None:
                 return None
             moved = float((slot.master - before).norm())
@@ -272,25 +273,25 @@ class OptimiserState:
         return {n: math.sqrt(m / s) for n, (m, s) in sorted(sums.items()) if s > 0}
 
     @torch.no_grad()  # of this thread: the pool's threads do not inherit it
-    def _update(self, slot: _Slot, grad: Tensor, rate: float) -> None:
+    def _update(self, slot: _Slot, grad: Tensor, scale: float, rate: float) -> None:
         speed = rate * slot.rate
         slot.age += 1
+        if not slot.muon:
+            first, second = slot.moments
+            step = AdamStep(
+                scale=scale, rate=speed, decay=slot.decay, betas=self.settings.betas,
+                epsilon=self.settings.epsilon, age=slot.age,
+            )  # fmt: skip
+            adam_(
+                master=slot.master, first=first, second=second, grad=grad,
+                working=slot.parameter.data, step=step,
+            )  # fmt: skip
+            return
         if slot.decay:
             slot.master.mul_(1.0 - speed * slot.decay)
-        if slot.muon:
-            self._muon(slot, grad, speed)
-        else:
-            self._adam(slot, grad, speed)
+        self._muon(slot, grad if scale == 1.0 else grad.mul_(scale), speed)
         if slot.parameter.dtype != torch.float32:
             slot.parameter.copy_(slot.master)
-
-    def _adam(self, slot: _Slot, grad: Tensor, speed: float) -> None:
-        first, second = slot.moments
-        a, b = self.settings.betas
-        first.lerp_(grad, 1 - a)
-        second.mul_(b).addcmul_(grad, grad, value=1 - b)
-        size = second.sqrt().div_(math.sqrt(1 - b**slot.age)).add_(self.settings.epsilon)
-        slot.master.addcdiv_(first, size, value=-speed / (1 - a**slot.age))
 
     def _muon(self, slot: _Slot, grad: Tensor, speed: float) -> None:
         (momentum,) = slot.moments

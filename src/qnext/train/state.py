@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import qnext
+from qnext import native
 from qnext.errors import CheckpointError, TrainingError
 from qnext.weights.safetensors_file import MappedFile, OutTensor, read_header, write_file
 from qnext.weights.shards import checksum, write_json
@@ -279,12 +280,13 @@ class Writer:
 
 
 def fingerprint(*, workers: int, device: str) -> dict[str, Any]:
-    """What results depend on beside the recipe: versions, processor, threads."""
+    """What results depend on beside the recipe: versions, processor, kernels, threads."""
     return {
         "qnext": qnext.__version__,
         "torch": torch.__version__,
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.load().isa() if native.unfit_for_training() is None else "none",
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "workers": workers,
         "threads": torch.get_num_threads(),

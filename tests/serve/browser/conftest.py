@@ -45,7 +45,9 @@ def visit(chromium, site):
     """Opens the page in a browser of its own; every error in its console fails the test."""
     contexts, errors = [], []
 
-    def open_page(path: str = "/", settings: dict | None = SETTINGS, **options):
+    def open_page(
+        path: str = "/", settings: dict | None = SETTINGS, at: Live | None = None, **options
+    ):
         context = chromium.new_context(viewport={"width": 1200, "height": 800}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -61,7 +63,7 @@ def visit(chromium, site):
                 "if (!localStorage.getItem('qnext.settings')) "
                 f"localStorage.setItem('qnext.settings', {text})"
             )
-        page.goto(site.url + path)
+        page.goto((at or site).url + path)
         until(page, "document.title !== 'qnext'")
         page.errors = errors
         return page

@@ -1,9 +1,14 @@
 """The chat in a browser: send, stream, stop, edit, branches, thinking, history, keys."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from browser_steps import ask, until, wait_for_answer
+from live_server import Live, running
+
+from qnext import LLM
+from qnext.serve.gate import Rules
 
 QUESTION = "What is 17 + 25?"
 STORY = "Tell me a short story about a fox and the moon."
@@ -226,6 +231,116 @@ def test_a_deleted_conversation_does_not_come_back_with_its_answer(visit, slow_s
     assert answers(page) == []
 
 
+def test_a_file_with_wrong_values_is_refused_with_the_place(visit, tmp_path) -> None:
+    def file_of(**changes) -> dict:
+        """A file of one question and its answer; ``a__b`` names a field inside another."""
+        meta = {"tokens": 3, "rate": 2.5, "first": 12.5, "reason": "stop"}
+        question = {"id": "q", "parent": "", "role": "user", "content": "hi"}
+        answer = {"id": "a", "parent": "q", "role": "assistant", "content": "yes", "meta": meta}
+        talk = {"id": "t", "title": "T", "nodes": [question, answer],
+                "chosen": [["", "q"], ["q", "a"]]}  # fmt: skip
+        for path, value in changes.items():
+            *way, last = path.split("__")
+            place = {"talk": talk, "question": question, "answer": answer, "meta": meta}[way[0]]
+            place[last] = value
+        return {"format": "qnext-conversations", "version": 1, "conversations": [talk]}
+
+    nodes = "conversations[0].nodes"
+    cases = [
+        (file_of(meta__rate="fast"), f"{nodes}[1].meta.rate: expected a number"),
+        (file_of(meta__tokens={}), f"{nodes}[1].meta.tokens: expected a number of at least 0, "
+         "found an object"),
+        (file_of(meta__first=-1), f"{nodes}[1].meta.first: expected a number of at least 0, "
+         "found -1"),
+        (file_of(meta__error=["x"]), f"{nodes}[1].meta.error: expected text, found a list"),
+        (file_of(meta__stopped=1), f"{nodes}[1].meta.stopped: expected true or false, found 1"),
+        (file_of(answer__meta="x"), f"{nodes}[1].meta: expected an object, found text"),
+        (file_of(answer__content=None), f"{nodes}[1].content: expected text, found nothing"),
+        (file_of(answer__reasoning=7), f"{nodes}[1].reasoning: expected text, found 7"),
+        (file_of(answer__answer=[]), f"{nodes}[1].answer: expected text, found a list"),
+        (file_of(question__role="king"), f'{nodes}[0].role: expected "user" or "assistant"'),
+        (file_of(answer__id="q"), f"{nodes}[1].id: another message has it as well"),
+        (file_of(question__parent="a"), f"{nodes}[0].parent: the message follows itself"),
+        (file_of(answer__parent="z"), f"{nodes}[1].parent: there is no such message"),
+        (file_of(talk__nodes="x"), f"{nodes}: expected a list, found text"),
+        (file_of(talk__nodes=[3]), f"{nodes}[0]: expected an object, found 3"),
+        (file_of(talk__title=3), "conversations[0].title: expected text, found 3"),
+        (file_of(talk__system={}), "conversations[0].system: expected text, found an object"),
+        (file_of(talk__updated="now"), "conversations[0].updated: expected a number"),
+        (file_of(talk__chosen=[["q", "q"]]), "conversations[0].chosen[0]: expected a message"),
+        (file_of(talk__chosen={}), "conversations[0].chosen: expected a list, found an object"),
+        ({**file_of(), "conversations": [7]}, "conversations[0]: expected an object, found 7"),
+        ({**file_of(), "version": 2}, "version 2; this page reads version 1"),
+    ]  # fmt: skip
+    page = visit()
+    page.get_by_role("button", name="Conversations", exact=True).click()
+    file = tmp_path / "chats.json"
+    for content, message in cases:
+        file.write_text(json.dumps(content))
+        page.evaluate("document.getElementById('notice').hidden = true")
+        page.locator("#import-file").set_input_files(file)
+        notice = page.get_by_role("alert")
+        notice.wait_for()
+        assert message in notice.inner_text()
+        assert page.locator("#conversations li").count() == 0
+    file.write_text(json.dumps(file_of()))
+    page.locator("#import-file").set_input_files(file)
+    page.locator("#conversations").get_by_role("button", name="T", exact=True).click()
+    assert answers(page) == ["yes"]
+    assert "3 tokens" in page.locator(".remark").inner_text()
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_folder) -> Iterator[Live]:
+    """A server that asks for a key."""
+    with running(LLM(tiny_folder, backend="torch"), rules=Rules(keys=["the-right-key"])) as live:
+        yield live
+
+
+def test_the_key_is_asked_for_kept_and_sent(visit, locked) -> None:
+    page = visit(at=locked, settings=None)
+    key = page.get_by_label("API key")
+    key.wait_for()  # the settings have opened by themselves
+    until(page, "document.activeElement.id === 'set-key'")
+    hint = page.locator("#hint-key")
+    assert "asks for an API key" in hint.inner_text()
+    assert page.locator("#model").inner_text() == "needs a key"
+    key.fill("the-wrong-key")
+    key.press("Enter")
+    page.locator("#hint-key", has_text="does not accept this API key").wait_for()
+    assert key.get_attribute("aria-invalid") == "true"
+    ask(page, "Hello")
+    assert "does not accept this API key" in page.locator(".model .remark").inner_text()
+    key.fill("with spaces")
+    key.press("Enter")
+    assert key.evaluate("field => field.validationMessage") != ""
+    key.fill("the-right-key")
+    key.press("Enter")
+    page.locator("#hint-key", has_text="accepts this key").wait_for()
+    assert page.locator("#model").inner_text() == locked.llm.name
+    page.errors.clear()  # the browser notes every status 401 itself
+    page.reload()
+    until(page, f"document.title.startsWith('{locked.llm.name}')")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.get_by_role("button", name="Answer again").click()
+    assert sent.value.headers["authorization"] == "Bearer the-right-key"
+    page.wait_for_selector(".model .branches")
+    wait_for_answer(page)
+    assert "tokens" in page.locator(".model .remark").inner_text()
+    with page.expect_response("**/inspect/*") as response:
+        page.get_by_role("button", name="Inspect this answer").click()
+    assert response.value.status == 200
+    page.get_by_role("link", name="Dashboard").click()
+    page.locator(".cards").get_by_text("Throughput").wait_for()
+    # It is in this browser's settings and in nothing that leaves it.
+    assert page.evaluate("JSON.parse(localStorage.getItem('qnext.settings')).key") == (
+        "the-right-key"
+    )
+    talks = "Object.entries(localStorage).filter(([key]) => key.startsWith('qnext.chat.'))"
+    assert "the-right-key" not in page.evaluate(f"JSON.stringify({talks})")
+    assert "the-right-key" not in page.url
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_follow_the_system_and_the_button(visit, scheme) -> None:
     page = visit(color_scheme=scheme)
@@ -235,6 +350,11 @@ def test_light_and_dark_follow_the_system_and_the_button(visit, scheme) -> None:
         return sum(int(part) for part in colour[4:-1].split(",")) // 3
 
     assert (lightness() > 128) == (scheme == "light")
+    # The heat map is painted with colours that scripts read.
+    cell = "getComputedStyle(document.body).getPropertyValue('--cell')"
+    assert page.evaluate(cell) == {
+        "light": "rgb(238, 236, 229)", "dark": "rgb(38, 37, 33)",
+    }[scheme]  # fmt: skip
     page.locator("#theme").click()
     assert (lightness() > 128) == (scheme == "dark")
     page.reload()

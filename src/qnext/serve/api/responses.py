@@ -1,5 +1,6 @@
-"""``POST /v1/responses``: OpenAI's newer interface, without a memory on the server's side."""
+"""``POST /v1/responses``: OpenAI's newer interface. ``kept.py`` is the server's memory of it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -34,7 +35,7 @@ class InputPart(msgspec.Struct, kw_only=True):
     refusal: str = ""
 
 
-class InputItem(msgspec.Struct, kw_only=True):
+class InputItem(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A message, or what a message consists of: reasoning, a call, the result of a call."""
 
     type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
@@ -99,18 +100,23 @@ class ResponsesRequest(RequestBody, kw_only=True):
 
     IGNORED = frozenset(
         {
-            "user", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+            "user", "service_tier", "safety_identifier", "prompt_cache_key",
             "prompt_cache_options", "prompt_cache_retention", "max_tool_calls",
             "access_programs",
         }
     )  # fmt: skip
     REFUSED = {  # noqa: RUF012
         "background": (False,), "background_options": (), "context_management": ([],),
-        "conversation": (), "image": (), "moderation": (), "previous_response_id": (),
-        "prompt": (), "truncation": ("disabled",),
+        "conversation": (), "image": (), "moderation": (), "prompt": (),
+        "truncation": ("disabled",),
     }  # fmt: skip
 
+    LABORIOUS = frozenset({"tools", "text", "previous_response_id"})
+
     input: str | list[InputItem]
+    previous_response_id: str | None = None
+    store: bool | None = None
+    """Whether the answer can be gone on from and asked for again; true when left out."""
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -139,15 +145,27 @@ class ResponsesRequest(RequestBody, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     qnext: QnextOptions | None = None
 
+    def items(self) -> list[InputItem]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [InputItem(role="user", content=self.input)]
+        return self.input
+
+    def go_on_from(self, earlier: Sequence[InputItem]) -> None:
+        """Put the items of an earlier conversation first. Raises RequestError naming an own one.
+
+        The earlier instructions are not carried over: those of this request come first.
+        """
+        self.messages()  # while the own items still have their own numbers
+        self.input = [*earlier, *self.items()]
+
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as templates know it. Raises RequestError naming an item."""
         found: list[dict[str, Any]] = []
         if self.instructions is not None:
             found.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            return [*found, {"role": "user", "content": self.input}]
         reasoning = ""
-        for index, item in enumerate(self.input):
+        for index, item in enumerate(self.items()):
             where = f"input[{index}]"
             if item.type == "reasoning":
                 parts = item.content if isinstance(item.content, list) else item.summary or []
@@ -223,8 +241,8 @@ class ResponsesRequest(RequestBody, kw_only=True):
             "tool_choice": msgspec.to_builtins(self.tool_choice or "auto"),
             "tools": msgspec.to_builtins(self.tools or []),
             "top_p": self.top_p,
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": self.previous_response_id,
+            "store": self.store is not False,
             "truncation": "disabled",
         }
         return ResponseWriter(

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qnext.answers import Delta
@@ -45,6 +45,8 @@ class ResponseWriter:
         self._logprobs: list[dict[str, Any]] = []
         self._number = 0
         self._error: dict[str, Any] | None = None
+        self.keep: Callable[[dict[str, Any]], None] | None = None
+        """Takes the whole answer, once it is there."""
 
     def opening(self) -> bytes:
         """The response is there, and empty."""
@@ -76,7 +78,10 @@ class ResponseWriter:
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        return self._body(_STATUS[self._found.finish_reason or "cancelled"])
+        body = self._body(_STATUS[self._found.finish_reason or "cancelled"])
+        if self.keep is not None:
+            self.keep(body)
+        return body
 
     # -- items -----------------------------------------------------------------------------------
 

@@ -139,6 +139,14 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     incomplete_details: dict[str, Any] | None
 
 
+class DeletedResponse(msgspec.Struct, kw_only=True):
+    """A response that is not kept any more."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
 class MessageUsage(msgspec.Struct, kw_only=True):
     """Token counts; tokens read from the cache are not among the input tokens."""
 

@@ -2,13 +2,23 @@
 
 import { settings } from "./settings.js";
 
+/** Called with a message when the server wants a key, or another one. */
+export const gate = { denied: () => {} };
+
 function headers(more = {}) {
   const key = settings.key ? { authorization: `Bearer ${settings.key}` } : {};
   return { ...key, ...more };
 }
 
-/** The server's own words for what went wrong. */
+/** What went wrong, mostly in the server's own words. */
 async function refusal(response) {
+  if (response.status === 401) {
+    const message = settings.key
+      ? "The server does not accept this API key. Correct it in the settings, under Access."
+      : "This server asks for an API key. Enter it in the settings, under Access.";
+    gate.denied(message);
+    return Object.assign(new Error(message), { status: 401 });
+  }
   const text = await response.text();
   let message = `The server answered ${response.status} ${response.statusText}.`;
   try {

@@ -1,11 +1,11 @@
 // The page as a whole: views, the list of conversations, panels, keys.
 
-import { json } from "./api.js";
+import { gate, json } from "./api.js";
 import { fit, isAnswering, page, setSend, show, stop, submit, branchOff } from "./chat.js";
 import { Dashboard } from "./dashboard.js";
 import { announce, byId, fill, h, icon, iconButton } from "./dom.js";
 import { Inspect } from "./inspect.js";
-import { applyTheme, setThinking, settings, showSettings } from "./settings.js";
+import { access, applyTheme, setThinking, settings, showKeyState, showSettings } from "./settings.js";
 import * as store from "./store.js";
 
 const prompt = byId("prompt");
@@ -83,6 +83,41 @@ async function takeIn(file) {
     report(error.message);
   }
 }
+
+// -- the server ----------------------------------------------------------------------------------
+
+/** Learns what is served; returns whether the server answers this browser. */
+async function connect() {
+  const model = byId("model");
+  try {
+    const { data } = await json("/v1/models");
+    model.textContent = data[0].id;
+    document.title = `${data[0].id} · qnext`;
+    return true;
+  } catch (error) {
+    model.textContent = error.status === 401 ? "needs a key" : error.message;
+    document.title = "not connected · qnext";
+    return false;
+  }
+}
+
+/** The key the server has refused already: it is asked for once, not at every look. */
+let refused = null;
+gate.denied = (message) => {
+  if (refused === settings.key) return;
+  refused = settings.key;
+  if (byId("settings").hidden) setPanel(true);
+  showKeyState(message, { refused: true });
+  byId("set-key").focus();
+};
+access.changed = async () => {
+  if (await connect()) {
+    const message = settings.key ? "The server accepts this key." : "The server asks for no key.";
+    showKeyState(`${message} It stays in this browser.`, { refused: false });
+    announce(message);
+    route();
+  }
+};
 
 // -- panels and views ----------------------------------------------------------------------------
 
@@ -183,11 +218,4 @@ open(store.all().find((one) => one.id === last) ?? new store.Conversation());
 setSend();
 route();
 if (!location.hash || location.hash === "#chat") prompt.focus();
-try {
-  const { data } = await json("/v1/models");
-  byId("model").textContent = data[0].id;
-  document.title = `${data[0].id} · qnext`;
-} catch (error) {
-  byId("model").textContent = error.status === 401 ? "needs a key" : error.message;
-  if (error.status === 401) setPanel(true);
-}
+await connect();

@@ -20,6 +20,9 @@ const FIRST = { thinking: true, budget: BUDGETS.length - 1, theme: "system", key
 
 export const settings = { ...FIRST, ...saved() };
 
+/** What the page does when another key was entered. */
+export const access = { changed: () => {} };
+
 function saved() {
   try {
     const found = JSON.parse(localStorage.getItem(PLACE) ?? "{}");
@@ -144,7 +147,15 @@ export function showSettings(conversation) {
   });
   const key = h("input", {
     id: "set-key", type: "password", autocomplete: "off", value: settings.key,
-    onchange: () => keep("key", key.value.trim()),
+    "aria-describedby": "hint-key",
+    onchange: () => {
+      const value = key.value.trim();
+      const isKey = /^[\x21-\x7e]*$/.test(value);
+      key.setCustomValidity(isKey ? "" : "A key has ASCII letters, digits and signs only, and no spaces.");
+      if (!key.reportValidity()) return;
+      keep("key", value);
+      access.changed();
+    },
   });
   const themes = THEMES.map((theme) => {
     const choice = h("input", {
@@ -165,5 +176,15 @@ export function showSettings(conversation) {
       h("legend", { class: "unseen" }, "Appearance"), ...themes)),
     group("Access", h("form", { class: "setting", onsubmit: (event) => event.preventDefault() },
       h("label", { htmlFor: "set-key" }, "API key"), key,
-      h("p", { class: "quiet" }, "Only where the server asks for one. It stays in this browser."))));
+      h("p", { id: "hint-key", class: "quiet" },
+        "Only where the server asks for one. It stays in this browser."))));
+}
+
+/** Says beside the key what the server made of it. */
+export function showKeyState(message, { refused }) {
+  const hint = byId("hint-key");
+  if (!hint) return;
+  hint.textContent = message;
+  hint.className = refused ? "alarm" : "quiet";
+  byId("set-key").setAttribute("aria-invalid", String(refused));
 }

@@ -1,6 +1,8 @@
 // Conversations, kept in this browser. A conversation is a tree: editing a message, or asking for
 // another answer, adds a branch beside the old one. Nothing is sent anywhere.
 
+import { readConversation, readFile, Unreadable } from "./reading.js";
+
 const PREFIX = "qnext.chat.";
 
 /** Called with a message when the browser keeps no more. */
@@ -91,24 +93,14 @@ export class Conversation {
   }
 }
 
+/** A conversation as it was kept; null for what is damaged. */
 function read(text) {
   try {
-    const saved = JSON.parse(text);
-    return isConversation(saved) ? new Conversation(saved) : null;
+    return new Conversation(readConversation(JSON.parse(text), "it"));
   } catch (error) {
-    if (error instanceof SyntaxError) return null;
+    if (error instanceof SyntaxError || error instanceof Unreadable) return null;
     throw error;
   }
-}
-
-function isConversation(saved) {
-  const isNode = (node) =>
-    node && typeof node.id === "string" && typeof node.parent === "string" &&
-    typeof node.content === "string" && ["user", "assistant"].includes(node.role);
-  return (
-    saved && typeof saved.id === "string" && typeof (saved.title ?? "") === "string" &&
-    Array.isArray(saved.nodes) && saved.nodes.every(isNode) && Array.isArray(saved.chosen ?? [])
-  );
 }
 
 /** All conversations, the latest first. */
@@ -124,18 +116,9 @@ export function exported(conversations) {
   return new Blob([JSON.stringify(file, null, 2)], { type: "application/json" });
 }
 
-/** Takes conversations in from an exported file; returns how many. */
+/** Takes conversations in from an exported file; returns how many. All of them, or none. */
 export function imported(text) {
-  let file;
-  try {
-    file = JSON.parse(text);
-  } catch {
-    throw new Error("This file is not JSON.");
-  }
-  if (file?.format !== "qnext-conversations" || !Array.isArray(file.conversations)) {
-    throw new Error("This file holds no conversations that were exported here.");
-  }
-  const found = file.conversations.filter(isConversation).map((saved) => new Conversation(saved));
+  const found = readFile(text).map((saved) => new Conversation(saved));
   for (const conversation of found) conversation.save();
   return found.length;
 }

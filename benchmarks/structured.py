@@ -1,0 +1,349 @@
+"""What structured output and path independence cost: masks, drafts under a grammar, equal bits.
+
+    python -m benchmarks.structured [--model qnext-mini] [--rounds 8] [--record]
+
+Three questions, all greedy and without a prefix cache. Which share of the time of a step goes into
+masks: a stopwatch runs around what finds them, or waits until another thread has, and a second one
+around llguidance alone, which may work beside the model's forward. How fast are answers
+with a grammar when drafts are made, against none: paired rounds in an order drawn anew, the median
+of the ratios and its 95% interval. And what path-independent mode costs, in the same way, on both
+backends, without a grammar. The time of a run is that of whole answers, prompts included.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.harness import write_result
+from benchmarks.speculation import interval
+from qnext import LLM, native
+from qnext.engine.engine import Engine
+from qnext.engine.guide import Guide
+from qnext.engine.masks_ahead import MasksAhead
+from qnext.engine.request import Request, SamplingParams, StructuredOutputs
+from qnext.errors import QnextError
+from qnext.text.grammar import GrammarMatcher
+
+SETTINGS: tuple[int | str, ...] = (0, 1, "auto")
+GOAL_SHARE, GOAL_EVEN, GOAL_PRICE = 0.05, 0.98, 0.20
+"""Most of a step for masks; least speed with drafts against none; most that equal bits may cost."""
+
+_NAME: Mapping[str, Any] = {"type": "string", "maxLength": 20}
+FORMS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("Describe a fox.", {"json_schema": {
+        "type": "object",
+        "properties": {"animal": _NAME, "color": _NAME, "legs": {"type": "integer"}},
+        "required": ["animal", "color", "legs"],
+    }}),
+    ("Name three colors.", {"json_schema": {
+        "type": "array", "items": _NAME, "minItems": 3, "maxItems": 3,
+    }}),
+    ("Tell me about a day at the sea.", {"json_schema": {
+        "type": "object",
+        "properties": {
+            "title": _NAME,
+            "weather": {"enum": ["sunny", "windy", "rainy"]},
+            "people": {"type": "array", "items": {
+                "type": "object",
+                "properties": {"name": _NAME, "age": {"type": "integer"}},
+                "required": ["name", "age"],
+            }, "minItems": 1, "maxItems": 2},
+        },
+        "required": ["title", "weather", "people"],
+    }}),
+    ("When did it happen?", {"regex": r"On \d{4}-\d{2}-\d{2}, [a-z ]{10,60}\."}),
+)  # fmt: skip
+"""What is asked, and the form of the answer."""
+QUESTIONS = ("Tell me a story about a kite.", "Why is it dark at night?", "Count from 1 to 20.")
+
+
+class Stopwatch:
+    """Seconds spent in some methods while it runs; calls inside one another count once.
+
+    ``everywhere`` counts those of other threads too, which are never in them at the same time.
+    """
+
+    def __init__(self, *places: tuple[type, str], everywhere: bool = False) -> None:
+        self.places = places
+        self._thread = None if everywhere else threading.get_ident()
+        self.seconds = 0.0
+        self._depth = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Put in place of the methods, and taken away again."""
+        before = [(owner, name, getattr(owner, name)) for owner, name in self.places]
+        for owner, name, method in before:
+            setattr(owner, name, self._timed(method))
+        try:
+            yield
+        finally:
+            for owner, name, method in before:
+                setattr(owner, name, method)
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            if self._depth or self._thread not in (None, threading.get_ident()):
+                return method(*args, **options)
+            self._depth += 1
+            started = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - started
+                self._depth -= 1
+
+        return timed
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def mask_share(llm: LLM, batch: int, *, rounds: int, max_tokens: int) -> dict[str, float]:
+    """Shares of the time of a step: what it has to wait for ``masks``, and what ``llguidance``
+    works, beside the forward too; and the step in ms.
+
+    The two are measured in turn: a stopwatch inside another one would be counted by it.
+    """
+    shares: dict[str, list[float]] = {"masks": [], "llguidance": []}
+    engine, steps = _engine(llm, batch, 0), []
+    watches = {
+        "masks": ((Guide, "_find_mask"), (MasksAhead, "begin"), (Future, "result")),
+        "llguidance": ((GrammarMatcher, "fill"),),
+    }
+    for number in range(-1, rounds):
+        requests = _forms(llm, batch, number, max_tokens)
+        for name, places in watches.items():
+            watch, before = Stopwatch(*places, everywhere=name == "llguidance"), engine.steps
+            with watch.running():
+                seconds, _ = _answer(engine, requests)
+            if number >= 0:
+                shares[name].append(watch.seconds / seconds)
+                steps.append(seconds / (engine.steps - before))
+    found = {name: statistics.median(values) for name, values in shares.items()}
+    return {**found, "step_ms": statistics.median(steps) * 1e3}
+
+
+def compare(
+    engines: Mapping[Any, Engine],
+    requests: Callable[[int], Sequence[Request]],
+    *,
+    rounds: int,
+    label: str,
+    seed: int = 0,
+) -> dict[Any, tuple[tuple[float, float, float], float]]:
+    """For each engine its throughput against the first one's (median, interval), and tokens/s.
+
+    The first round warms up and is not counted.
+    """
+    first, order = next(iter(engines)), random.Random(seed)
+    rates: dict[Any, list[float]] = {name: [] for name in engines}
+    for number in tqdm(range(-1, rounds), desc=label, leave=False):
+        chosen = requests(number)
+        for name in order.sample(list(engines), len(engines)):
+            seconds, tokens = _answer(engines[name], chosen)
+            if number >= 0:
+                rates[name].append(tokens / seconds)
+    return {
+        name: (
+            interval([a / b for a, b in zip(mine, rates[first], strict=True)]),
+            statistics.median(mine),
+        )
+        for name, mine in rates.items()
+    }
+
+
+def _engine(llm: LLM, batch: int, drafts: int | str) -> Engine:
+    return Engine(
+        llm.model,
+        defined_ids=llm.tokenizer.vocab_size,
+        max_num_seqs=batch,
+        max_batch_tokens=2048,
+        memory_bytes=256 << 20,
+        max_model_len=llm.max_model_len,
+        speculative_tokens=drafts,
+        prefix_cache=False,
+    )
+
+
+def _forms(llm: LLM, batch: int, number: int, max_tokens: int) -> list[Request]:
+    requests = []
+    for i in range(batch):
+        text, form = FORMS[(number + i) % len(FORMS)]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, structured_outputs=StructuredOutputs(**form)
+        )
+        requests.append(llm.prepare_chat(_asked(text), params, enable_thinking=False)[0])
+    return requests
+
+
+def _questions(llm: LLM, batch: int, number: int, max_tokens: int) -> list[Request]:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    texts = [QUESTIONS[(number + i) % len(QUESTIONS)] for i in range(batch)]
+    return [llm.prepare_chat(_asked(text), params, enable_thinking=False)[0] for text in texts]
+
+
+def _asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _answer(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
+    """Seconds and tokens of answering all of them together."""
+    tokens, start = 0, time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for event in engine.step():
+            tokens += len(event.token_ids)
+    return time.perf_counter() - start, tokens
+
+
+# -- reporting -------------------------------------------------------------------------------------
+
+
+def mask_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows about masks."""
+    rows = []
+    for batch in args.batches:
+        found = mask_share(llm, batch, rounds=args.rounds, max_tokens=args.tokens)
+        share = found["masks"]
+        rows.append(
+            {
+                "what": f"Masks, batch {batch}",
+                "value": f"{share:.1%} of a step of {found['step_ms']:.2f} ms; llguidance works "
+                f"{found['llguidance']:.1%}",
+                "goal": f"at most {GOAL_SHARE:.0%}",
+                "met": "yes" if share <= GOAL_SHARE else "no",
+                "conditions": f"{args.about}, schemas and a regular expression",
+            }
+        )
+    return rows
+
+
+def speed_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows about drafts under a grammar."""
+    rows = []
+    for batch in args.batches:
+        found = compare(
+            {setting: _engine(llm, batch, setting) for setting in SETTINGS},
+            lambda number, batch=batch: _forms(llm, batch, number, args.tokens),
+            rounds=2 * args.rounds, label=f"grammar, {batch} at a time", seed=args.seed,
+        )  # fmt: skip
+        off = found[0][1]
+        for setting in SETTINGS[1:]:
+            (ratio, low, high), rate = found[setting]
+            name = "auto" if setting == "auto" else f"{setting} draft"
+            rows.append(
+                {
+                    "what": f"With a grammar, batch {batch}, {name}",
+                    "value": f"{ratio:.2f}x ({low:.2f} to {high:.2f}) of none: {rate:.0f} and "
+                    f"{off:.0f} tokens/s",
+                    "goal": f"at least {GOAL_EVEN}x" if setting == "auto" else "",
+                    "met": ("yes" if ratio >= GOAL_EVEN else "no") if setting == "auto" else "",
+                    "conditions": f"{args.about}, {2 * args.rounds} paired rounds",
+                }
+            )
+    return rows
+
+
+def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows about path-independent mode."""
+    rows = []
+    backends = ["torch", *(["native"] if native.unfit() is None else [])]
+    for backend in backends:
+        modes = {
+            is_equal: LLM(
+                args.model, dtype=args.dtype, backend=backend, batch_invariant=is_equal,
+                memory="64MiB", max_num_seqs=1,
+            )
+            for is_equal in (False, True)
+        }  # fmt: skip
+        rounds = args.rounds if backend == "native" else max(args.rounds // 2, 3)
+        tokens = args.tokens if backend == "native" else max(args.tokens // 4, 8)
+        for batch in args.batches:
+            found = compare(
+                {is_equal: _engine(llm, batch, 0) for is_equal, llm in modes.items()},
+                lambda number, batch=batch, tokens=tokens, llm=modes[False]: _questions(
+                    llm, batch, number, tokens
+                ),
+                rounds=rounds, label=f"{backend}, {batch} at a time", seed=args.seed,
+            )  # fmt: skip
+            (ratio, low, high), rate = found[True]
+            price = 1.0 - ratio
+            dtype = str(modes[True].model.dtype).removeprefix("torch.")
+            rows.append(
+                {
+                    "what": f"Path-independent, {backend}, batch {batch}",
+                    "value": f"{price:.1%} slower ({1.0 - high:.1%} to {1.0 - low:.1%}): "
+                    f"{rate:.0f} and {found[False][1]:.0f} tokens/s",
+                    "goal": f"at most {GOAL_PRICE:.0%}",
+                    "met": "yes" if price <= GOAL_PRICE else "no",
+                    "conditions": f"{modes[True].name}, {dtype}, greedy, {tokens} tokens, "
+                    f"{rounds} paired rounds",
+                }
+            )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write docs/results/structured.json when asked."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if min(*args.batches, args.rounds, args.tokens, args.threads or 1) < 1:
+        parser.error("--batches, --rounds, --tokens and --threads: expected at least 1")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    rows: list[dict[str, str]] = []
+    try:
+        llm = LLM(args.model, dtype=args.dtype, memory="64MiB", max_num_seqs=1)
+        dtype = str(llm.model.dtype).removeprefix("torch.")
+        args.about = f"{llm.name}, {dtype}, greedy, up to {args.tokens} tokens"
+        parts = {
+            "masks": lambda: mask_rows(llm, args),
+            "speed": lambda: speed_rows(llm, args),
+            "price": lambda: price_rows(args),
+        }
+        for part in args.parts:
+            found = parts[part]()
+            rows += found
+            print("\n".join(f"{row['what']}: {row['value']}" for row in found), flush=True)
+    except QnextError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.record:
+        write_result("structured", "Structured output and path independence", rows)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.structured", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--model", default="qnext-mini")
+    add("--dtype", default="auto")
+    add("--parts", nargs="+", choices=("masks", "speed", "price"),
+        default=["masks", "speed", "price"])
+    add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B")
+    add("--rounds", type=int, default=12, metavar="N")
+    add("--tokens", type=int, default=96, metavar="N", help="most tokens of an answer")
+    add("--seed", type=int, default=0, help="of the order of settings within a round")
+    add("--threads", type=int, metavar="N", help="threads of the CPU (default: torch's own)")
+    add("--record", action="store_true", help="write docs/results/structured.json")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
