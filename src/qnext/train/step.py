@@ -114,12 +114,22 @@ def check_ids(batch: TrainBatch, vocab_size: int, number: int) -> None:
         )
 
 
+_CACHED = 1 << 17
+"""Numbers converted and added at a time: they stay in a core's cache."""
+
+
 @torch.no_grad()  # of the thread that adds
 def _sum(so_far: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """In float32, but for a first gradient: that one is converted when there is one to add."""
     if so_far is None or grad is None:
         return grad if so_far is None else so_far
-    return so_far.float().contiguous().add_(grad)
+    if so_far.dtype == torch.float32:
+        return so_far.contiguous().add_(grad)
+    total = so_far.new_empty(so_far.shape, dtype=torch.float32)
+    parts = (x.reshape(-1).split(_CACHED) for x in (so_far, grad, total))
+    for first, second, part in zip(*parts, strict=True):
+        torch.add(first.float(), second, out=part)
+    return total
 
 
 def _in_float32(grad: Tensor | None) -> Tensor | None:
