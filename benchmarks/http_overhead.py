@@ -4,12 +4,14 @@
 
 The server is a process of its own, the engine runs in this one; both see the same prompts in the
 same order, so that their prefix caches agree. Time to the first token is that of one client; tokens
-per second are those of ``--streams`` answers at once, in HTTP from as many connections.
+per second are those of ``--streams`` answers at once, in HTTP from as many connections, from the
+question to the end. Answers are long, because what their beginning costs is the first figure.
 """
 
 import argparse
 import http.client
 import json
+import re
 import statistics
 import threading
 import time
@@ -23,6 +25,8 @@ from qnext import LLM, SamplingParams
 from qnext.llm import parse_bytes
 
 WORDS = ("fox", "moon", "river", "king", "garden", "winter", "ship", "bread")
+FIRST_TEXT = re.compile(rb'content":"[^"]')
+"""A piece of an answer or of reasoning; the opening chunk has an empty one."""
 FIRST_LIMIT_MS, SHARE_LIMIT = 5.0, 0.97
 
 
@@ -52,13 +56,11 @@ class Client:
         self._http.request("POST", "/v1/chat/completions", body, headers)
         answer = self._http.getresponse()
         assert answer.status == 200, answer.read()
-        for line in answer:
-            if not first and line.startswith(b"data: {") and b'"content":"' in line:
-                # The opening chunk has no text yet.
-                if b'"content":""' not in line:
-                    first = time.perf_counter() - start
-            elif not first and b'"reasoning_content":"' in line:
+        # As little as possible is done here: on two cores the client's time is the server's.
+        while piece := answer.read1(1 << 16):
+            if not first and FIRST_TEXT.search(piece):
                 first = time.perf_counter() - start
+        assert first, "the answer had no text"
         return first, time.perf_counter() - start
 
 
@@ -119,10 +121,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             number += 1
             several = range(number, number + args.streams)
             number += args.streams
-            rate = (
-                http_rate(clients, several, args.tokens),
-                engine_rate(llm, several, args.tokens),
-            )
+            # Whoever comes second finds the processor warm: they take turns.
+            runs = [
+                lambda numbers=several: http_rate(clients, numbers, args.tokens),
+                lambda numbers=several: engine_rate(llm, numbers, args.tokens),
+            ]
+            order = (0, 1) if turn % 2 else (1, 0)
+            found = {which: runs[which]() for which in order}
+            rate = found[0], found[1]
             if turn:  # the first one warms up
                 firsts.append(first)
                 rates.append(rate)
@@ -142,11 +148,12 @@ def main() -> None:
     parser.add_argument("--model", default="qnext-mini")
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--streams", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--record", action="store_true", help="write docs/results")
     args = parser.parse_args()
     found = measure(args)
+    streams = f"{args.streams} stream{'s' * (args.streams > 1)}"
     rows = [
         {
             "what": "time to the first token, above the engine's own",
@@ -159,8 +166,7 @@ def main() -> None:
             "what": "tokens per second, share of the engine's own",
             "value": f"{100 * found['rate_share']:.1f} %",
             "conditions": f"{found['rate_http']:.0f} through HTTP, {found['rate_engine']:.0f} "
-            f"without; {args.streams} streams of {args.tokens} tokens; goal "
-            f"{100 * SHARE_LIMIT:g} % at least",
+            f"without; {streams} of {args.tokens} tokens; goal {100 * SHARE_LIMIT:g} % at least",
         },
     ]
     for row in rows:

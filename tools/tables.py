@@ -21,6 +21,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table:([a-z_]+)( head)? -->\n).*?(<!-- /table -->)", re.DOTALL)
 MADE_BY = {
     "native_speed": "make bench",
+    "structured": "python -m benchmarks.structured --record",
     "train_speed": "python -m benchmarks.train_speed --record",
 }
 """What makes a result file that may be missing."""

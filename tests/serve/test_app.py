@@ -42,7 +42,11 @@ def assembled(chunks: list[dict], key: str = "content") -> str:
 # -- answers -------------------------------------------------------------------------------------
 
 
-def test_the_answer_is_the_models(live, alone) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_answer_is_the_models(live, alone, at_once, monkeypatch) -> None:
+    """Whether the prompt is encoded between other events, or in a thread of its own."""
+    if not at_once:
+        monkeypatch.setattr("qnext.serve.app.MAX_AT_ONCE_BYTES", 0)
     found = live.client.post(CHAT, json=ask("Tell me about the fox.")).json()
     messages = [{"role": "user", "content": "Tell me about the fox."}]
     expected = alone.chat(messages, SamplingParams(**GREEDY))
@@ -68,6 +72,20 @@ def test_the_stream_adds_up_to_the_answer(live) -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_the_first_piece_does_not_wait_for_others(live, monkeypatch) -> None:
+    monkeypatch.setattr("qnext.serve.worker.HAND_OVER_S", 1e9)
+    body = ask("Tell me about the moon.", max_tokens=200, ignore_eos=True, stream=True)
+    with live.slowed(), live.client.stream("POST", CHAT, json=body) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        opening, first = (json.loads(next(lines)[6:])["choices"][0]["delta"] for _ in range(2))
+        assert live.busy() == 1  # it goes on
+        assert opening["content"] == ""
+        assert first["content"]
+    live.wait_until(busy=0)
+    pieces = stream(live, {**body, "max_tokens": 40})
+    assert len(pieces) <= 4, "the rest came with the end"
 
 
 def test_usage_comes_last_in_a_stream_that_asks_for_it(live) -> None:

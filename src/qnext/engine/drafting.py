@@ -46,8 +46,12 @@ class Drafter:
         policy = self.policy
         if not policy.limit:
             return
+        if k is None and policy.quiet and policy.quiet_of == (len(sequences), _is_ruled(sequences)):
+            policy.quiet -= 1
+            self._leave_behind(sequences)
+            return
         decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
-        ruled = any(s.guide is not None for s in decoding)
+        ruled = _is_ruled(decoding)
         if k is None:
             k = self._ask(decoding, ruled)
         if not k and policy.rests:
@@ -82,6 +86,7 @@ class Drafter:
         policy = self.policy
         k = policy.held(len(decoding), ruled=ruled)
         if k == 0:
+            policy.rest_quietly(len(decoding), ruled=ruled)
             return 0
         behind = sum(map(_behind, decoding))
         if k is None or behind > FRESH_ROWS * len(decoding):
@@ -115,6 +120,11 @@ class Drafter:
 def is_far_behind(sequence: Running) -> bool:
     """Whether a backlog may be full before it is looked at again."""
     return _behind(sequence) >= FULL_BACKLOG
+
+
+def _is_ruled(sequences: Sequence[Running]) -> bool:
+    """Whether drafts are made step by step: some sequence has rules."""
+    return any(s.guide is not None for s in sequences)
 
 
 def _behind(sequence: Running) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qnext.engine.drafting import Drafter
 from qnext.engine.guide import Guide
 from qnext.engine.invariance import check_path_independence
 from qnext.engine.lanes import Lanes
+from qnext.engine.masks_ahead import MasksAhead
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
@@ -172,6 +174,7 @@ class Engine:
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Write what the prefix cache holds to disk, if there is one, for so long at most."""
+        self.masks_ahead.close()
         tier, self.tier = self.tier, None
         if tier is not None:
             self.scheduler.fetch = self.prefix.on_evict = None
@@ -231,6 +234,7 @@ class Engine:
         self.drafter = Drafter(
             runner, self.policy, row=self._row, defined_ids=self.defined_ids, clock=clock
         )
+        self.masks_ahead = MasksAhead()
         self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
         self._sequences: dict[str, Running] = {}
@@ -349,7 +353,10 @@ class Engine:
         decoding = all(item.sequence.length - item.sequence.done == 1 for item in items)
         drafted = {len(item.sequence.drafts) for item in items}
         works = [self._work(item) for item in items]
+        ahead = self._find_masks(items)
         logits = self.runner.forward(works)
+        if ahead is not None:
+            ahead.result()
         self._watch_routes(items, works)
         rows: list[SampleRow] = []
         wanted: list[int] = []
@@ -403,7 +410,9 @@ class Engine:
             # What was run is what lies before ``done`` now, drafts that were dropped excepted.
             ends = [(item.sequence.done, count) for item, count in zip(items, counts, strict=True)]
             self.prefill_time.note([(end - count, end) for end, count in ends], seconds)
-        if decoding and len(drafted) == 1:
+        if self.policy.quiet:
+            pass  # what such steps take is known for now
+        elif decoding and len(drafted) == 1:
             ruled = any(item.sequence.guide is not None for item in items)
             self.policy.verified(len(items), drafted.pop(), seconds, ruled=ruled)
         else:
@@ -416,6 +425,18 @@ class Engine:
         for sequence in ended:
             self._end_quietly(sequence)
         return [event for event, _ in events]
+
+    def _find_masks(self, items: Sequence[Item]) -> Future[None] | None:
+        """Begin to find the masks of a step's rows, if they are many."""
+        guided = [item for item in items if item.sequence.guide is not None]
+        wanted = []
+        for item in guided:
+            guide = item.sequence.guide
+            assert guide is not None
+            guide.can_wait = self.masks_ahead.is_worth(len(guided))
+            if self._samples(item):
+                wanted.append((guide, tuple(item.sequence.drafts)))
+        return self.masks_ahead.begin(wanted)
 
     def _work(self, item: Item) -> Work:
         sequence = item.sequence

@@ -33,6 +33,10 @@ class Matcher(Protocol):
     def consume(self, token: int) -> bool: ...
     def rollback(self, count: int) -> None: ...
 
+    def may_be_forced(self) -> bool:
+        """Whether it could be that one token only may follow: quickly said, never wrongly no."""
+        ...
+
 
 class Grammar(Protocol):
     """A compiled grammar."""
@@ -96,6 +100,8 @@ class Guide:
     """Why its grammar cannot go on."""
     was_cut: bool = False
     """Whether the reasoning has used up its budget."""
+    can_wait: bool = False
+    """Whether the next mask is found while the next step runs, if it need not be known before."""
     _frames: list[Frame] = field(default_factory=list)
     """The newest committed place, then those behind drafts."""
 
@@ -159,6 +165,8 @@ class Guide:
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
                 some, self.was_cut = self.rules.stop_thinking, True
+            elif self._is_free():
+                break
             else:
                 one = _only(self.mask())
                 some = () if one is None else (one,)
@@ -168,6 +176,14 @@ class Guide:
             if not some or found[-1] in stops:
                 break
         return found[:room]
+
+    def _is_free(self) -> bool:
+        """Whether it is sure, without a mask, that there is a choice; asked if that can wait."""
+        frame = self._frames[0]
+        if not self.can_wait or frame.has_mask:
+            return False
+        matcher = self._ruling(frame)
+        return matcher is not None and not matcher.may_be_forced()
 
     # -- the way ---------------------------------------------------------------------------------
 

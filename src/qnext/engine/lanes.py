@@ -9,7 +9,7 @@ left is to run, choose, accept and draft. ``Lanes`` recognises such a step and d
 from collections.abc import Callable
 from time import perf_counter
 
-from qnext.engine.drafting import LOOK_EVERY, is_far_behind
+from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, is_far_behind
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
@@ -73,7 +73,7 @@ class Lanes:
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
         wanted, is_quiet = 0, True
-        if policy.quiet and policy.quiet_sequences == len(running):
+        if policy.quiet and policy.quiet_of == (len(running), False):
             policy.quiet -= 1
         elif policy.limit:
             wanted, is_quiet = self._ask(running), False
@@ -131,11 +131,14 @@ class Lanes:
         """Drafts for the next step."""
         policy = self.policy
         wanted = policy.held(len(running))
-        if wanted is None:
-            behind = sum([s.done + 1 - s.mtp_len for s in running])
-            wanted = policy.choose([s.request.id for s in running], behind=behind)
-        if not wanted:
+        if wanted == 0:
             policy.rest_quietly(len(running))
+            return 0
+        if wanted is None or (policy.is_auto and self.runner.is_behind(running)):
+            # Other sequences than the ones it was chosen for, perhaps, and far behind.
+            behind = sum([s.done + 1 - s.mtp_len for s in running])
+            if wanted is None or behind > FRESH_ROWS * len(running):
+                wanted = policy.choose([s.request.id for s in running], behind=behind)
         return wanted
 
     def _somebody_is_far_behind(self) -> bool:

@@ -23,6 +23,19 @@ LONGEST_RUN = 32
 """Steps whose hidden rows are kept together before they are told apart by sequence."""
 
 
+class _Run:
+    """Rows [T, D] of one sequence among those of some steps [B, D] each."""
+
+    __slots__ = ("place", "steps")
+
+    def __init__(self, steps: list[np.ndarray], place: int) -> None:
+        self.steps, self.place = steps, place
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (len(self.steps), self.steps[0].shape[1])
+
+
 class NativeRunner(Runner):
     """One native model and one cache; ``track_mtp`` keeps what the MTP head needs.
 
@@ -50,8 +63,9 @@ class NativeRunner(Runner):
         self._set_up(self._deferred, track_mtp=track_mtp)
         self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
         """Of the last ``advance``: its forward, choosing tokens, drafting."""
-        # Hidden rows [B, D] of the last steps, each of one token of these slots: most are dropped
-        # unread, and one row at a time would cost a hundredth of a small model's step.
+        # Hidden rows [B, D] of the last steps, each of one token of these slots. Most are dropped
+        # unread, so they are told apart when they are read.
+        self._backlog: dict[int, list[Any]]
         self._run_slots: list[int] = []
         self._run_rows: list[np.ndarray] = []
 
@@ -80,6 +94,7 @@ class NativeRunner(Runner):
 
     def shorten_backlog(self, slot: int, count: int) -> None:
         self._end_run()
+        self._pick_rows(slot)
         super().shorten_backlog(slot, count)
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -88,15 +103,22 @@ class NativeRunner(Runner):
 
     def _take_backlog(self, works: Sequence[MtpWork]) -> Tensor:
         self._end_run()
+        for work in works:
+            self._pick_rows(work.slot)
         return super()._take_backlog(works)
 
     def _end_run(self) -> None:
-        """Give every sequence the rows of the last steps that are its own."""
+        """Give every sequence the rows of the last steps that are its own, not yet picked out."""
         if self._run_rows:
-            rows_BTD = np.stack(self._run_rows, axis=1)
-            for slot, rows_TD in zip(self._run_slots, rows_BTD, strict=True):
-                self._backlog[slot].append(rows_TD)
+            for b, slot in enumerate(self._run_slots):
+                self._backlog[slot].append(_Run(self._run_rows, b))
             self._run_slots, self._run_rows = [], []
+
+    def _pick_rows(self, slot: int) -> None:
+        parts = self._backlog[slot]
+        for i, part in enumerate(parts):
+            if isinstance(part, _Run):
+                parts[i] = np.stack([rows_BD[part.place] for rows_BD in part.steps])
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -32,9 +32,10 @@ NEXT_RATE = 0.85
 """Acceptance at a position, against the one before it, before anything is known."""
 DOUBT = 4.0
 """Outcomes that these two count for."""
-START, STAY, CLIMB = 1.05, 1.01, 1.03
+START, STAY, CLIMB = 1.12, 1.04, 1.03
 """Drafting must promise so much more than none to be taken up, and to be gone on with; and another
-number of drafts so much more than the present one. Where plain steps scatter it is more."""
+number of drafts so much more than the present one. Going back and forth costs time that no step
+shows, and times scatter: where plain steps do, it is more."""
 HOLD = 32
 """Steps that a number of drafts is kept."""
 FIRST_REST, LONGEST_REST = 32, 256
@@ -47,6 +48,8 @@ SHARE = 0.005
 """Of the time of all steps, what probes may cost."""
 MEASURED = 24
 """Steps at the end of a rest that are measured."""
+UNKNOWN = 1.5
+"""What a step with a draft is thought to cost where that was never measured."""
 STALE = 16384
 """Plain steps after which a cost that cannot pay may be measured again."""
 PLAIN_EVERY, PLAIN_STEPS = 512, 9
@@ -112,8 +115,9 @@ class DraftPolicy:
         self.credit_s = 0.0
         """Seconds that probes may cost now."""
         self.quiet = 0
-        """Steps of ``quiet_sequences`` that rest, and need not be asked about or measured."""
-        self.quiet_sequences = 0
+        """Steps of so many sequences, ruled or not (``quiet_of``), that need not be asked about or
+        measured: they rest."""
+        self.quiet_of = (0, False)
         self._outcomes: dict[tuple[int, int], int] = {}
         self._fresh: dict[tuple[str, int, int], int] = {}
         self._paces: dict[tuple[int, bool], Pace] = {}
@@ -244,11 +248,11 @@ class DraftPolicy:
             pace.probing -= 1
         return pace.drafts
 
-    def rest_quietly(self, sequences: int) -> None:
+    def rest_quietly(self, sequences: int, *, ruled: bool = False) -> None:
         """Take the steps of a rest that need not be measured off it, all at once."""
-        pace = self._pace(sequences, False)
+        pace = self._pace(sequences, ruled)
         if self.rests and pace.left > MEASURED and not pace.drafts:
-            self.quiet, self.quiet_sequences = pace.left - MEASURED, sequences
+            self.quiet, self.quiet_of = pace.left - MEASURED, (sequences, ruled)
             pace.left = MEASURED
             pace.rested += self.quiet
             self.credit_s += SHARE * self.quiet * pace.plain_s
@@ -313,7 +317,7 @@ class DraftPolicy:
 
     def _may_probe(self, pace: Pace, costs: Sequence[float], behind: int) -> bool:
         """Whether acceptance could have changed enough to matter, and there is credit to look."""
-        cost = costs[1] if len(costs) > 1 else 2.0 / START
+        cost = costs[1] if len(costs) > 1 else UNKNOWN
         if cost * START >= 2.0 and pace.rested < STALE:
             return False  # it would not pay if every draft were accepted
         price = pace.plain_s * PROBE_STEPS * max(cost - 1.0, 0.1) + self._reading_s(pace, behind)

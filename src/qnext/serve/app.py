@@ -52,7 +52,15 @@ from qnext.serve.worker import MAX_WAITING, Busy, Draining, EngineStopped, Job, 
 MAX_BODY_BYTES = 8 * 2**20
 """A full context of 262,144 tokens is about 1 MB of English; the rest is for other scripts."""
 CLIENT_GONE = 499
-SWITCH_S = 0.0005
+SWITCH_S = 0.0001
+"""How long a thread may keep the interpreter from another one.
+
+The event loop lets go of it at every read and write; each time it would wait so long to go on.
+"""
+MAX_AT_ONCE_BYTES = 2048
+"""A prompt in a body of this size takes about half a millisecond to encode."""
+FEW = 4
+"""Unfinished requests among which a short prompt is encoded at once."""
 ENCODERS = 2
 """Prompts that are encoded at the same time."""
 Generating = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
@@ -179,7 +187,10 @@ class _Service:
             record = http.scope["record"]
             if isinstance(asked, ResponsesRequest) and asked.previous_response_id is not None:
                 self._go_on(asked, record.owner)
-            job = await self._submit(asked)
+            # Among many, one more has to wait anyway, and together they would hold up the loop.
+            few = self.worker.unfinished < FEW
+            at_once = few and record.body_bytes <= MAX_AT_ONCE_BYTES
+            job = await self._submit(asked, at_once=at_once and not asked.is_laborious())
             record.submitted, record.stream = time.monotonic(), bool(asked.stream)
             record.per_prompt = job.requests[0].params.n
             head = Head(
@@ -236,7 +247,7 @@ class _Service:
         asked, ignored = read_body(bytes(raw), kind)
         self._check_model(asked.model)
         record = http.scope["record"]
-        record.ignored = ignored
+        record.ignored, record.body_bytes = ignored, len(raw)
         if self._log_prompts:
             record.asked = msgspec.json.decode(raw)
         return asked
@@ -248,11 +259,17 @@ class _Service:
         except QnextError as error:
             raise ApiError.of(error) from error
 
-    async def _submit(self, asked: Generating) -> Job:
-        """Encode in a thread of its own, so that a long prompt does not hold up other clients."""
+    async def _submit(self, asked: Generating, *, at_once: bool) -> Job:
+        """Encode in a thread of its own, so that a long prompt does not hold up other clients.
+
+        For one that takes less time than the way to another thread and back, ``at_once`` does not.
+        """
         code = None
         try:
-            pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
+            if at_once:
+                pairs = asked.prepare(self.llm)
+            else:
+                pairs = await to_thread.run_sync(asked.prepare, self.llm, limiter=self._encoders)
             if isinstance(asked, Sampling) and asked.wants_inspection():
                 pairs = self._inspector.watch(pairs)
             if max(len(request.prompt_ids) for request, _ in pairs) >= self.llm.max_model_len:

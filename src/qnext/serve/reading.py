@@ -25,8 +25,14 @@ class RequestBody(msgspec.Struct, kw_only=True):
     IGNORED: ClassVar[frozenset[str]] = frozenset()
     REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field -> the values, beside null, that ask for nothing."""
+    LABORIOUS: ClassVar[frozenset[str]] = frozenset()
+    """Supported fields that can take long to prepare, however short they are."""
 
     model: str | None = None
+
+    def is_laborious(self) -> bool:
+        """Whether preparing it may take long although it is short."""
+        return any(getattr(self, name) is not None for name in self.LABORIOUS)
 
 
 Body = TypeVar("Body", bound=RequestBody)

@@ -32,6 +32,8 @@ class Record:
     per_prompt: int = 1
     """Choices of each prompt."""
     reasons: Counter[str] = field(default_factory=Counter)
+    body_bytes: int = 0
+    """Size of what was asked."""
     ignored: Sequence[str] = ()
     code: str | None = None
     """Of the error, where there was one."""

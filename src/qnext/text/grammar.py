@@ -56,6 +56,10 @@ class GrammarMatcher:
         """Go on with a token; False if it may not follow."""
         return self._matcher.consume_token(token)
 
+    def may_be_forced(self) -> bool:
+        """Whether one token only may follow: then the next byte is certain, or it may end here."""
+        return self._matcher.is_accepting() or bool(self._matcher.compute_ff_bytes())
+
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` tokens."""
         self._matcher.rollback(count)

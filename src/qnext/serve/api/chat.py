@@ -108,6 +108,13 @@ class ChatRequest(Sampling, kw_only=True):
         "use_beam_search": (False,),
     }  # fmt: skip
 
+    LABORIOUS = frozenset(
+        {
+            "tools", "response_format", "guided_json", "guided_regex", "guided_choice",
+            "guided_grammar", "n",
+        }
+    )  # fmt: skip
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None

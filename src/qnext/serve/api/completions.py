@@ -23,10 +23,16 @@ class CompletionRequest(Sampling, kw_only=True):
         "guided_choice": (), "guided_grammar": (),
     }  # fmt: skip
 
+    LABORIOUS = frozenset({"n", "best_of"})
+
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
+
+    def is_laborious(self) -> bool:
+        """Several prompts are, too."""
+        return super().is_laborious() or not isinstance(self.prompt, str)
 
     def prompts(self) -> list[Any]:
         """The prompts, one item each. Raises RequestError for anything else."""

@@ -99,6 +99,8 @@ class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Conversing(RequestBody, kw_only=True):
     """What answering and counting share."""
 
+    LABORIOUS = frozenset({"tools", "output_config"})
+
     messages: list[AnthropicMessage]
     system: str | list[TextBlock] | None = None
     tools: list[AnthropicTool] | None = None

@@ -111,6 +111,8 @@ class ResponsesRequest(RequestBody, kw_only=True):
         "truncation": ("disabled",),
     }  # fmt: skip
 
+    LABORIOUS = frozenset({"tools", "text", "previous_response_id"})
+
     input: str | list[InputItem]
     previous_response_id: str | None = None
     store: bool | None = None
