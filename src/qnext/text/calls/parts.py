@@ -98,12 +98,20 @@ def assemble(parts: Iterable[Part]) -> Output:
 def merged(parts: Iterable[Part]) -> list[Part]:
     """The parts with neighbours of the same kind joined."""
     joined: list[Part] = []
+    last: Piece | CallArguments | None = None
+    texts: list[str] = []
+    """Of ``last`` and of those that go on from it."""
     for part in parts:
-        last = joined[-1] if joined else None
-        if isinstance(part, Piece) and isinstance(last, Piece) and part.kind == last.kind:
-            joined[-1] = Piece(part.kind, last.text + part.text)
-        elif isinstance(part, CallArguments) and isinstance(last, CallArguments):
-            joined[-1] = CallArguments(part.index, last.text + part.text)
-        else:
-            joined.append(part)
+        # The first field is the kind of a piece, the number of a call.
+        goes_on = isinstance(part, (Piece, CallArguments)) and type(part) is type(last)
+        if goes_on and last is not None and part[0] == last[0]:
+            texts.append(part.text)
+            continue
+        if last is not None and len(texts) > 1:
+            joined[-1] = last._replace(text="".join(texts))
+        joined.append(part)
+        last = part if isinstance(part, (Piece, CallArguments)) else None
+        texts = [last.text] if last is not None else []
+    if last is not None and len(texts) > 1:
+        joined[-1] = last._replace(text="".join(texts))
     return joined
