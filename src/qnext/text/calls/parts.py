@@ -99,19 +99,17 @@ def merged(parts: Iterable[Part]) -> list[Part]:
     """The parts with neighbours of the same kind joined."""
     joined: list[Part] = []
     last: Piece | CallArguments | None = None
-    texts: list[str] = []
-    """Of ``last`` and of those that go on from it."""
+    texts: list[str] = []  # of the last one, and of those that go on from it
     for part in parts:
+        joins = isinstance(part, (Piece, CallArguments))
         # The first field is the kind of a piece, the number of a call.
-        goes_on = isinstance(part, (Piece, CallArguments)) and type(part) is type(last)
-        if goes_on and last is not None and part[0] == last[0]:
-            texts.append(part.text)
+        if joins and last is not None and type(part) is type(last) and part[0] == last[0]:
+            texts.append(part[1])
             continue
         if last is not None and len(texts) > 1:
             joined[-1] = last._replace(text="".join(texts))
         joined.append(part)
-        last = part if isinstance(part, (Piece, CallArguments)) else None
-        texts = [last.text] if last is not None else []
+        last, texts = (part, [part.text]) if joins else (None, [])
     if last is not None and len(texts) > 1:
         joined[-1] = last._replace(text="".join(texts))
     return joined
