@@ -114,13 +114,14 @@ class Pace:
         for drafts in range(1, most + 1):
             if not self.knows(drafts):
                 if drafts > 1:
-                    found.append(2.0 * found[-1] - found[-2])
+                    found.append(2.0 * found[-1] - found[-2])  # never less than found[-1]
                 break
             shares = [
                 _median([seconds / plain for seconds, plain in kept[drafts]])
                 for kept in (self._verify, self._draft)
             ]
-            found.append(sum(shares))
+            # More drafts never cost less: where it looks so, times have scattered.
+            found.append(max(sum(shares), found[-1]))
         return found
 
 

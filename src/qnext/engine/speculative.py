@@ -32,9 +32,10 @@ NEXT_RATE = 0.85
 """Acceptance at a position, against the one before it, before anything is known."""
 DOUBT = 4.0
 """Outcomes that these two count for."""
-START, STAY, CLIMB = 1.05, 1.01, 1.03
+START, STAY, CLIMB = 1.12, 1.04, 1.03
 """Drafting must promise so much more than none to be taken up, and to be gone on with; and another
-number of drafts so much more than the present one. Where plain steps scatter it is more."""
+number of drafts so much more than the present one. Going back and forth costs time that no step
+shows, and times scatter: where plain steps do, it is more."""
 HOLD = 32
 """Steps that a number of drafts is kept."""
 FIRST_REST, LONGEST_REST = 32, 256
