@@ -6,6 +6,7 @@ that never have to be taken back.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from qnext.engine.regions import Regions
@@ -56,10 +57,10 @@ class Delta:
             deltas[-1],
             text="".join([one.text for one in deltas]),
             reasoning="".join([one.reasoning for one in deltas]),
-            parts=tuple(merged([part for one in deltas for part in one.parts])),
-            token_ids=tuple([token for one in deltas for token in one.token_ids]),
-            logprobs=tuple([found for one in deltas for found in one.logprobs]),
-            prompt_logprobs=tuple([found for one in deltas for found in one.prompt_logprobs]),
+            parts=tuple(merged(chain.from_iterable([one.parts for one in deltas]))),
+            token_ids=tuple(chain.from_iterable([one.token_ids for one in deltas])),
+            logprobs=tuple(chain.from_iterable([one.logprobs for one in deltas])),
+            prompt_logprobs=tuple(chain.from_iterable([one.prompt_logprobs for one in deltas])),
         )
 
 

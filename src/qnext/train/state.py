@@ -286,7 +286,7 @@ def fingerprint(*, workers: int, device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "kernels": native.load().isa() if native.unfit_for_training() is None else "none",
+        "native": native.load().isa() if native.unfit_for_training() is None else "none",
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "workers": workers,
         "threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ threads inside every small product. Gradients are added in float32 in the order 
 micro-batches, so the sum does not depend on who was ready first.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,8 +81,18 @@ def compute(
         counts_LE=torch.zeros(router_count(model), model.config.num_experts, dtype=torch.int64),
         entropy_L=torch.zeros(router_count(model)),
     )
-    for number, (found, grads) in enumerate(pool.map(one, batches)):
-        _add(result, found, grads, number)
+    waiting = deque(pool.submit(one, batch) for batch in batches)
+    try:
+        for number in range(len(batches)):
+            found, grads = waiting.popleft().result()
+            # Workers that have nothing left to compute add side by side, each whole parameters.
+            each = pool.map if all(other.done() for other in waiting) else map
+            result.grads = list(each(_sum, result.grads, grads))
+            _add(result, found, number)
+    finally:
+        for other in waiting:  # after an error nobody asks for them
+            other.cancel()
+    result.grads = list(pool.map(_in_float32, result.grads))
     for batch in batches:
         result.tokens += batch.real_tokens
         result.lengths += batch.tokens.segments.lengths[: batch.documents]
@@ -103,16 +114,30 @@ def check_ids(batch: TrainBatch, vocab_size: int, number: int) -> None:
         )
 
 
+_CACHED = 1 << 17
+"""Numbers converted and added at a time: they stay in a core's cache."""
+
+
+@torch.no_grad()  # of the thread that adds
+def _sum(so_far: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """In float32, but for a first gradient: that one is converted when there is one to add."""
+    if so_far is None or grad is None:
+        return grad if so_far is None else so_far
+    if so_far.dtype == torch.float32:
+        return so_far.contiguous().add_(grad)
+    total = so_far.new_empty(so_far.shape, dtype=torch.float32)
+    parts = (x.reshape(-1).split(_CACHED) for x in (so_far, grad, total))
+    for first, second, part in zip(*parts, strict=True):
+        torch.add(first.float(), second, out=part)
+    return total
+
+
+def _in_float32(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.float().contiguous()
+
+
 @torch.no_grad()
-def _add(result: StepResult, found: Losses, grads: Sequence[Tensor | None], number: int) -> None:
-    for at, grad in enumerate(grads):
-        if grad is None:
-            continue
-        sum_so_far = result.grads[at]
-        if sum_so_far is None:
-            result.grads[at] = grad.float().contiguous()
-        else:
-            sum_so_far.add_(grad)
+def _add(result: StepResult, found: Losses, number: int) -> None:
     total = float(found.total.detach())
     if not abs(total) < float("inf"):
         result.bad.append(number)

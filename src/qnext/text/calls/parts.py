@@ -98,12 +98,18 @@ def assemble(parts: Iterable[Part]) -> Output:
 def merged(parts: Iterable[Part]) -> list[Part]:
     """The parts with neighbours of the same kind joined."""
     joined: list[Part] = []
+    last: Piece | CallArguments | None = None
+    texts: list[str] = []  # of the last one, and of those that go on from it
     for part in parts:
-        last = joined[-1] if joined else None
-        if isinstance(part, Piece) and isinstance(last, Piece) and part.kind == last.kind:
-            joined[-1] = Piece(part.kind, last.text + part.text)
-        elif isinstance(part, CallArguments) and isinstance(last, CallArguments):
-            joined[-1] = CallArguments(part.index, last.text + part.text)
-        else:
-            joined.append(part)
+        joins = isinstance(part, (Piece, CallArguments))
+        # The first field is the kind of a piece, the number of a call.
+        if joins and last is not None and type(part) is type(last) and part[0] == last[0]:
+            texts.append(part[1])
+            continue
+        if last is not None and len(texts) > 1:
+            joined[-1] = last._replace(text="".join(texts))
+        joined.append(part)
+        last, texts = (part, [part.text]) if joins else (None, [])
+    if last is not None and len(texts) > 1:
+        joined[-1] = last._replace(text="".join(texts))
     return joined
