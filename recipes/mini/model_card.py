@@ -146,7 +146,7 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
             ("experts", f"{config.num_experts} of width {config.moe_intermediate_size}, "
                         f"{config.num_experts_per_tok} per token, and a shared one"),
             ("vocabulary", f"{config.vocab_size} rows: own byte-level BPE, single digits, NFC"),
-            ("context", f"{config.max_position_embeddings} tokens, four times that with YaRN"),
+            ("context", f"{config.max_position_embeddings} tokens"),
         ]),
         "## Training",
         stages(log_lines),
