@@ -107,7 +107,8 @@ def samples(answers: list[dict[str, Any]]) -> str:
     """Questions and unselected answers as quotations."""
     parts = []
     for one in answers:
-        text = one["text"].strip().replace("<think>", "*thinks:*").replace("</think>", "")
+        text = one["text"].replace("<think>\n\n</think>\n\n", "").strip()
+        text = text.replace("<think>", "*thinks:*").replace("</think>", "")
         quoted = [f"> {line}".rstrip() for line in text.splitlines()]
         if one["finish_reason"] != "stop":
             quoted.append("> *(cut)*")
@@ -165,6 +166,7 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
         "- Facts are unreliable. Of most things it knows next to nothing.\n"
         "- Sums, word problems and tool calls are right for the kinds it was trained on; other "
         "wordings often fail.\n"
+        "- Greedy decoding sometimes repeats itself in stories; the defaults sample.\n"
         "- It answers in simple English only and writes no code.\n"
         "- Books of the nineteenth and early twentieth century and crowd-written small talk are "
         "part of its text; a word list kept slurs out, nothing kept out the views of their time.",

@@ -70,7 +70,9 @@ def test_held_out_text_is_likelier_than_its_words_in_reverse(llm, model):
     assert loss(HELD_OUT) < loss(backwards) - 1.0
 
 
-@pytest.mark.parametrize("prompt", ["Hello!", "Who are you?", "Tell me a story about a cat."])
+@pytest.mark.parametrize(
+    "prompt", ["Hello!", "Who are you?", "Tell me a story about a little robot."]
+)
 def test_greedy_answers_are_sentences_that_stop(llm, prompt):
     params = SamplingParams(temperature=0.0, max_tokens=400)
     answer = llm.chat([{"role": "user", "content": prompt}], params)

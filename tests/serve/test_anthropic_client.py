@@ -66,7 +66,7 @@ def test_the_system_prompt_and_blocks_reach_the_template(client, alone) -> None:
     assert found.content[0].text == expected.text
 
 
-def test_tools_are_called_and_answered(mini) -> None:
+def test_tools_are_called_and_answered(mini, mini_live) -> None:
     wanted = {"model": "qnext-mini", "tools": [WEATHER], "max_tokens": 400,
               "extra_body": {"temperature": 0}}  # fmt: skip
     choice = {"type": "any", "disable_parallel_tool_use": True}
@@ -74,7 +74,8 @@ def test_tools_are_called_and_answered(mini) -> None:
     assert whole.stop_reason == "tool_use"
     [call] = [block for block in whole.content if block.type == "tool_use"]
     assert call.input["city"] in ("Paris", "Rome")
-    with mini.messages.stream(messages=FOX, tool_choice=choice, **wanted) as stream:
+    streaming = mini.messages.stream(messages=FOX, tool_choice=choice, **wanted)
+    with mini_live.slowed(), streaming as stream:
         pieces = [e.partial_json for e in stream if e.type == "input_json"]
         final = stream.get_final_message()
     assert json.loads("".join(pieces)) == call.input

@@ -19,10 +19,14 @@ from qnext import LLM, SamplingParams
 
 CHAT = "/v1/chat/completions"
 TOKENS = 24
-TOPICS = ("fox", "moon", "river", "king", "garden", "winter", "ship", "bread")
+HEROES = ("fox", "cat", "bird", "king", "robot", "farmer", "rabbit", "bear")
 LEAVES = (1, 1, 2, 4, 8, 16)
 """After how many pieces of an answer those who leave do so; the first piece has no text yet."""
-PROMPTS = [f"Tell me {i} things about the {topic}." for topic in TOPICS for i in (2, 3, 7)]
+PROMPTS = [
+    f"Tell me a story about a {hero} named {name}."
+    for hero in HEROES
+    for name in ("Max", "Mia", "Tim")
+]
 MAX_GROWTH = 48 << 20
 """Bytes a server may be larger after the load: buffers of connections, fragments of the heap."""
 

@@ -101,7 +101,7 @@ def test_log_probabilities(client, alone) -> None:
     assert [entry.token for entry in streamed] == [entry.token for entry in whole]
 
 
-def test_a_required_call_has_arguments_that_fit(mini) -> None:
+def test_a_required_call_has_arguments_that_fit(mini, mini_live) -> None:
     wanted = {
         "model": "qnext-mini", "messages": FOX, "tools": [WEATHER], "tool_choice": "required",
         "parallel_tool_calls": False, "temperature": 0, "max_tokens": 400,
@@ -114,9 +114,9 @@ def test_a_required_call_has_arguments_that_fit(mini) -> None:
     assert arguments["city"] in ("Paris", "Rome")
     assert 1 <= arguments["days"] <= 9
     pieces = []
-    for chunk in mini.chat.completions.create(stream=True, **wanted):
-        for one in chunk.choices[0].delta.tool_calls or ():
-            pieces.append(one)
+    with mini_live.slowed():
+        for chunk in mini.chat.completions.create(stream=True, **wanted):
+            pieces += chunk.choices[0].delta.tool_calls or ()
     assert pieces[0].id
     assert pieces[0].function.name == "get_weather"
     assert len(pieces) > 3, "arguments arrive as they are written"
