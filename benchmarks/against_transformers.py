@@ -4,7 +4,7 @@
 
 Both run with the same threads and dtype. transformers uses its own generate() with its cache and
 its fastest CPU setting for experts; qnext answers as LLM does by default, on the native kernels
-where they fit, engine, sampling and text included. Training is PyTorch in both.
+where they fit, engine, sampling and text included, and trains on its training kernels.
 """
 
 import argparse
@@ -33,12 +33,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    ours = LLM(args.model, dtype=args.dtype, threads=args.threads, prefix_cache=False)
-    kernels = select(OpSpec(dtype=getattr(torch, args.dtype), grad=True))
-    trained = load_model(args.model, dtype=args.dtype, ops=kernels)
-    print("; ".join(ours.model.kernels))
     with tempfile.TemporaryDirectory() as folder:
-        save_model(load_model(args.model), folder)
+        # Both read this file: a packed model is unpacked, so that none reads fewer bytes.
+        save_model(load_model(args.model, dtype=args.dtype), folder)
+        ours = LLM(folder, dtype=args.dtype, threads=args.threads, prefix_cache=False)
+        kernels = select(OpSpec(dtype=getattr(torch, args.dtype), grad=True))
+        trained = load_model(folder, dtype=args.dtype, ops=kernels)
+        print("; ".join(ours.model.kernels))
         theirs = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, args.dtype), experts_implementation="grouped_mm"
         ).eval()
