@@ -5,17 +5,16 @@ import torch
 
 pytest.importorskip("gguf")
 
-from benchmarks.quantization import measure, ours, theirs
+from benchmarks.quantization import measure, ours, theirs, unpacked
 
 from qnext.config import read_json
-from qnext.weights.checkpoint import resolve_model
 from qnext.weights.synth import cut_config, synthesise
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False], ids=["qnext-mini", "random"])
 def test_int4_diverges_less_than_q4_0(tmp_path, trained: bool) -> None:
-    folder = resolve_model("qnext-mini")
+    folder = unpacked(tmp_path / "qnext-mini")
     if not trained:
         raw = cut_config(read_json(folder), layers=4)
         folder = synthesise(raw, tmp_path / "random", 16, progress=False)
