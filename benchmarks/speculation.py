@@ -251,12 +251,7 @@ def result_rows(cells: Sequence[Cell], conditions: str) -> list[dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write docs/results/speculation.json when asked."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if min(*args.batches, args.rounds, args.tokens, args.threads or 1) < 1:
-        parser.error("--batches, --rounds, --tokens and --threads: expected at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args = parsed(_parser(), argv)
     try:
         llm = LLM(args.model, dtype=args.dtype, memory="64MiB", max_num_seqs=1)
         if not llm.model.has_mtp:
@@ -292,20 +287,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speculation", description=__doc__.splitlines()[0]
-    )
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """The options of settings that are compared in paired rounds of answers."""
     add = parser.add_argument
-    # fmt: off
     add("--model", default="qnext-mini")
     add("--dtype", default="auto")
     add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B")
-    add("--classes", nargs="+", choices=CLASSES, default=list(CLASSES))
     add("--rounds", type=int, default=12, metavar="N")
     add("--tokens", type=int, default=96, metavar="N", help="most tokens of an answer")
     add("--seed", type=int, default=0, help="of the order of settings within a round")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: torch's own)")
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with the counts of ``add_rounds`` checked and torch's threads set."""
+    args = parser.parse_args(argv)
+    if min(*args.batches, args.rounds, args.tokens, args.threads or 1) < 1:
+        parser.error("--batches, --rounds, --tokens and --threads: expected at least 1")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculation", description=__doc__.splitlines()[0]
+    )
+    add_rounds(parser)
+    add = parser.add_argument
+    # fmt: off
+    add("--classes", nargs="+", choices=CLASSES, default=list(CLASSES))
     add("--out", type=Path, metavar="FILE", help="everything, as JSON")
     add("--record", action="store_true", help="write docs/results/speculation.json")
     # fmt: on

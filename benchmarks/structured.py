@@ -21,11 +21,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.harness import write_result
-from benchmarks.speculation import interval
+from benchmarks.speculation import add_rounds, interval, parsed
 from qnext import LLM, native
 from qnext.engine.engine import Engine
 from qnext.engine.guide import Guide
@@ -297,12 +296,7 @@ def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write docs/results/structured.json when asked."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if min(*args.batches, args.rounds, args.tokens, args.threads or 1) < 1:
-        parser.error("--batches, --rounds, --tokens and --threads: expected at least 1")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    args = parsed(_parser(), argv)
     rows: list[dict[str, str]] = []
     try:
         llm = LLM(args.model, dtype=args.dtype, memory="64MiB", max_num_seqs=1)
@@ -329,17 +323,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.structured", description=(__doc__ or "").splitlines()[0]
     )
+    add_rounds(parser)
     add = parser.add_argument
     # fmt: off
-    add("--model", default="qnext-mini")
-    add("--dtype", default="auto")
     add("--parts", nargs="+", choices=("masks", "speed", "price"),
         default=["masks", "speed", "price"])
-    add("--batches", type=int, nargs="+", default=[1, 4, 16], metavar="B")
-    add("--rounds", type=int, default=12, metavar="N")
-    add("--tokens", type=int, default=96, metavar="N", help="most tokens of an answer")
-    add("--seed", type=int, default=0, help="of the order of settings within a round")
-    add("--threads", type=int, metavar="N", help="threads of the CPU (default: torch's own)")
     add("--record", action="store_true", help="write docs/results/structured.json")
     # fmt: on
     return parser

@@ -191,6 +191,11 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def pooled(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The share of several cells together."""
+    return share(n < cell["right"] for cell in cells for n in range(cell["of"]))
+
+
 def head(
     record: dict[str, Any], config: ModelConfig, first: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -209,7 +214,7 @@ def head(
                      "conditions": conditions})  # fmt: skip
 
     def rate(what: str, cells: list[dict[str, Any]], conditions: str, goal: float) -> float:
-        one = share([n < cell["right"] for cell in cells for n in range(cell["of"])])
+        one = pooled(cells)
         low, high = one["interval"]
         row(what, f"{one['share']:.1%} ({low:.0%} to {high:.0%})", f"{conditions}, {one['of']:,}",
             f"{goal:.0%}", one["share"] >= goal)  # fmt: skip
@@ -248,9 +253,7 @@ def head(
     for what, beginning in (("2 × 2-digit products", "multiply, 2x2"),
                             ("Word problems of two steps", "word problem")):  # fmt: skip
         with_it = rate(f"{what}, thinking", cells("thinking", beginning), "never trained", 0.85)
-        without = share(
-            [n < c["right"] for c in cells("direct", beginning) for n in range(c["of"])]
-        )
+        without = pooled(cells("direct", beginning))
         row(f"{what}, direct", f"{without['share']:.1%}", f"never trained, {without['of']}",
             "20 points below thinking", with_it - without["share"] >= 0.2)  # fmt: skip
     return rows
