@@ -66,8 +66,9 @@ TOKENIZER_SHARES = {
 }  # fmt: skip
 
 MADE = {
-    "sums": 6000, "worked": 7000, "problems": 7000, "recall": 3000, "copies": 2500,
-    "template_stories": 3000, "smalltalk": 600, "needles": 700, "short_needles": 5000,
+    "sums": 10000, "worked": 7000, "problems": 7000, "recall": 3000, "copies": 2500,
+    "template_stories": 3000, "smalltalk": 600, "needles": 1200, "short_needles": 5000,
+    "needles_chat": 1500,
 }  # fmt: skip
 """Generated documents per source."""
 
@@ -88,8 +89,10 @@ def plan(data: Path, evaluation: Path | None = None) -> Plan:
             made.append(_talks(entry, data))
     for name, make in _MAKERS.items():
         made.append(_generated(name, make, MADE[name]))
-    for name, least, ratio in (("needles", 2500, 5.5), ("short_needles", 150, 18.0)):
-        found = _needles(data, name, least, ratio)
+    for name, least, ratio in (
+        ("needles", 2500, 5.5), ("short_needles", 150, 18.0), ("needles_chat", 1200, 12.0),
+    ):  # fmt: skip
+        found = _needles(data, name, least, ratio, everything=not name.endswith("_chat"))
         made.append(Source(name=name, licence=licence_of(sources.source("textbooks")),
                            documents=found))  # fmt: skip
     for name, (make_chat, count) in lessons.LESSONS.items():
@@ -242,9 +245,12 @@ _MAKERS: dict[str, Callable[[Random], str]] = {
 }
 
 
-def _needles(data: Path, name: str, least: int, ratio: float) -> Callable[[], Iterator[Document]]:
+def _needles(
+    data: Path, name: str, least: int, ratio: float, *, everything: bool
+) -> Callable[[], Iterator[Document]]:
     """Needles in essays, textbooks and made-up stories of ``least`` characters up to ``ratio``
-    times as many; most texts hold several, and all of them are asked for.
+    times as many; most texts hold several, and some or all of them are asked for. ``everything``
+    teaches the text beside the answers.
     """
 
     def found() -> Iterator[Document]:
@@ -269,7 +275,7 @@ def _needles(data: Path, name: str, least: int, ratio: float) -> Callable[[], It
                 rng, sentences, depth=rng.random(), distractors=rng.choice((0, 1, 2, 3, 5, 7)),
                 held_out=False,
             )  # fmt: skip
-            chat = made.chat(everything=True, further=rng.randint(0, len(made.others)))
+            chat = made.chat(everything=everything, further=rng.randint(0, len(made.others)))
             yield Document(id=f"made/{name}/{number}", item=chat, held_out=False, compare=False)
 
     return found

@@ -144,7 +144,7 @@ def _recall(rng: Random) -> Chat:
 
 LESSONS: dict[str, tuple[Callable[[Random], Chat], int]] = {
     "sums_thinking_chat": (_sums_thinking, 30_000),
-    "sums_direct_chat": (_sums_direct, 30_000),
+    "sums_direct_chat": (_sums_direct, 60_000),
     "several_sums_chat": (_several_sums, 3_000),
     "problems_thinking_chat": (_problems_thinking, 10_000),
     "small_thinking_chat": (_small_thinking, 9_000),
