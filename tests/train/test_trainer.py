@@ -229,6 +229,15 @@ def test_another_recipe_or_machine_is_refused_unless_allowed(unfinished: Path) -
     assert events(unfinished, "drift")
 
 
+def test_a_stage_made_longer_on_the_way_is_longer(unfinished: Path) -> None:
+    longer = changed(tiny_recipe(), ["stages.S2.tokens=960"])
+    with pytest.raises(TrainingError, match=r"stages.S2.tokens was \d+, is 960"):
+        Trainer(longer, unfinished, resume=True).run()
+    train(longer, unfinished, resume=True, allow_drift=True)
+    before = events(unfinished, "start")[0]["plan"]
+    assert max(losses(unfinished)) == before[0] + 15 != sum(before)
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     first = Trainer(tiny_recipe(), tmp_path)
     with first._lock(), pytest.raises(TrainingError, match="another process is training"):

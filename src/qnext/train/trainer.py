@@ -446,6 +446,9 @@ class Trainer:
         self._restore(found)
         self.log.cut(int(found.state["log_bytes"]))
         at = self.position
+        if self._drifted and self.budget is None:
+            # This stage and those to come are as long as the recipe says now.
+            at.plan[at.stage :] = steps_of(self.recipe.stages, None, [], self.say)[at.stage :]
         tell = {"step": at.step, "plan": at.plan, "stage": at.stage}
         for reader in self._readers:
             reader({"event": "resume", **tell})
