@@ -63,7 +63,7 @@ KERNEL_ROWS = (1, 4, 8, 16, 64, 512)
 
 def main() -> None:
     """Measure everything asked for; write docs/results/native_*.json and the plots."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="int4 alone, few repetitions")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--only", nargs="+", choices=(*BITS, "isa", "transformers"))
