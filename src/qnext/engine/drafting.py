@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.runner import MtpWork, Runner
 from qnext.engine.sampler import SampleRow, sample
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
 

@@ -34,8 +34,9 @@ from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
 from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import SampleRow, choose, logprobs_of
-from qnext.engine.scheduler import Item, Scheduler
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.sequence import Item
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import CacheSizes, Settings, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
@@ -252,13 +253,13 @@ class Engine:
         """Queue a request. Raises RequestError if it could never run."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is already in use; choose another.")
-        limit = self.vocab_size
-        for position, token in enumerate(request.prompt_ids):
-            if not 0 <= token < limit:
-                raise RequestError(
-                    f"prompt token {position}: id {token} is outside the vocabulary "
-                    f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
-                )
+        limit, ids = self.vocab_size, request.prompt_ids
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            position = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
+            raise RequestError(
+                f"prompt token {position}: id {ids[position]} is outside the vocabulary "
+                f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
+            )
         banned = [token for word in request.bad_ids for token in word]
         for token in (*request.params.logit_bias, *request.params.stop_token_ids, *banned):
             if not 0 <= token < limit:

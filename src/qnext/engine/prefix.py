@@ -75,6 +75,8 @@ class Match:
     """The token that an earlier prompt had where they part; None where it ended."""
     lost: tuple[int, str, float] | None = None
     """(length, why, when it went) of the deepest one that would be better and had to go."""
+    ways: int = 1
+    """How many continuations of the known part were seen."""
 
 
 class PrefixCache:
@@ -122,13 +124,14 @@ class PrefixCache:
         node, at, best = self.root, 0, None
         lost: tuple[int, str, float] | None = None
         expected: int | None = None
-        limit = len(ids) - 1
+        limit, ways = len(ids) - 1, 1
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
                 others = node.children.values()
                 last = max(others, key=lambda other: other.used_at, default=None)
                 expected = last.tokens[0] if last else None
+                ways = max(len(others), 1)
                 break
             shared = _common(child.tokens, ids, at)
             for length, (why, when) in child.lost.items():
@@ -146,7 +149,7 @@ class PrefixCache:
                 break
         if lost is not None and best is not None and lost[0] <= best.length:
             lost = None
-        return Match(known=at, snapshot=best, expected=expected, lost=lost)
+        return Match(known=at, snapshot=best, expected=expected, lost=lost, ways=ways)
 
     def age(self, since: float) -> float:
         """Seconds from a time that this cache has noted until now."""
@@ -169,6 +172,11 @@ class PrefixCache:
         return tuple(token for edge in reversed(edges) for token in edge)[: snapshot.length]
 
     # -- growth ----------------------------------------------------------------------------------
+
+    def learn(self, ids: Sequence[int]) -> None:
+        """Remember the tokens of a prompt that begins to run."""
+        self._grow(tuple(ids))
+        self._forget_ghosts()
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
@@ -205,10 +213,12 @@ class PrefixCache:
         pages: Sequence[int],
         mtp_first: int,
         why: str,
+        uses: float = 0.0,
     ) -> Snapshot:
         """Add the snapshot at the end of ``ids``; its pages are shared, its slot is the cache's.
 
-        The caller has made sure that none is there yet (``holds``).
+        The caller has made sure that none is there yet (``holds``). ``uses`` are those it is
+        sure to have.
         """
         node = self._grow(tuple(ids))
         assert len(ids) not in node.snapshots, len(ids)
@@ -217,7 +227,7 @@ class PrefixCache:
         self.pool.share(pages)
         snapshot = Snapshot(
             length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
-            born=now, node=node, used_at=now, floor=self._floor,
+            born=now, node=node, used_at=now, floor=self._floor, uses=uses,
         )  # fmt: skip
         node.snapshots[len(ids)] = snapshot
         node.lost.pop(len(ids), None)
