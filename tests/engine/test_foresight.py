@@ -246,6 +246,35 @@ def test_log_probabilities_of_a_prompt_are_not_waited_for():
     assert session.finish()["scored"] == 0
 
 
+def test_what_somebody_waits_for_stays_however_long_it_takes():
+    """Many others run in between, and there is room for few states."""
+    session = Session(num_slots=1, num_snapshots=4)
+    session.add("first", [*BEGINNING, *tail(0)])
+    for n in range(30):
+        session.add(f"other{n}", tail(100 + n, 160))
+    session.add("second", [*BEGINNING, *tail(1)])
+    cached = session.finish()
+    assert cached["second"] == 140
+    assert len([name for name, count in cached.items() if count]) == 1
+    assert not any(one.awaited for one in session.engine.prefix)
+
+
+def test_who_is_cancelled_is_not_awaited_any_more():
+    session = Session(num_slots=1)
+    session.add("first", [*BEGINNING, *tail(0)])
+    session.add("second", [*BEGINNING, *tail(1)])
+    for _ in range(4):
+        session.step()
+    [promised] = [one for one in session.engine.prefix if one.why == "queue"]
+    assert promised.awaited == 1
+    worth = session.engine.prefix.worth(promised)
+    session.engine.cancel("second")
+    session.step()
+    assert promised.awaited == 0
+    assert session.engine.prefix.worth(promised) < worth
+    session.finish()
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_the_answers_are_those_of_a_cold_start(tiny_model, drafts):
     engine = Engine(tiny_model, speculative_tokens=drafts, max_batch_tokens=96)

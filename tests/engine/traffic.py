@@ -345,6 +345,12 @@ class Session:
                 assert snapshot.node is node, snapshot
                 assert snapshot.length == length, snapshot
                 assert node.start < length <= node.end, snapshot
+                waits = sum(
+                    s.request.prompt_ids[:length] == tokens[:length]
+                    and len(s.request.prompt_ids) > length
+                    for s in self.engine.scheduler.waiting
+                )
+                assert snapshot.awaited == waits, f"S12: {snapshot.awaited} awaited, {waits} wait"
                 if isinstance(self.engine.runner, HashRunner):
                     self.engine.runner.check_snapshot(snapshot, tokens[:length])
                 found += 1

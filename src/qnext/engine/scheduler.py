@@ -94,6 +94,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.foresight = Foresight()
         """The prompts of those who wait."""
+        prefix.awaiting = self.foresight.sharing
         self.running: list[Sequence] = []
         self.parkings = 0
         self._arrivals = 0
@@ -141,10 +142,12 @@ class Scheduler:
     def _queue(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
         self.foresight.add(sequence.request.prompt_ids)
+        self.prefix.expect(sequence.request.prompt_ids, 1)
 
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.foresight.remove(sequence.request.prompt_ids)
+        self.prefix.expect(sequence.request.prompt_ids, -1)
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds, wherever it is."""
@@ -568,7 +571,6 @@ class Scheduler:
             # The MTP layer may have begun anew behind what is kept here.
             mtp_first=min(sequence.mtp_first, length) if complete else length,
             why=why,
-            uses=float(self.foresight.sharing(ids)) if why == "queue" else 0.0,
         )
 
     def _drop(self, sequence: Sequence) -> None:
