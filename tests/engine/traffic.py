@@ -335,6 +335,9 @@ class Session:
     def check_snapshots(self) -> None:
         """The tree of prefixes, and every snapshot in it: what it holds is what its tokens give."""
         prefix, known = self.engine.prefix, 0
+        starts: Counter[Any] = Counter()
+        for sequence in self.engine.scheduler.waiting:
+            starts[prefix.match(sequence.request.prompt_ids).snapshot] += 1
         found, stack = 0, [(prefix.root, ())]
         while stack:
             node, before = stack.pop()
@@ -345,11 +348,7 @@ class Session:
                 assert snapshot.node is node, snapshot
                 assert snapshot.length == length, snapshot
                 assert node.start < length <= node.end, snapshot
-                waits = sum(
-                    s.request.prompt_ids[:length] == tokens[:length]
-                    and len(s.request.prompt_ids) > length
-                    for s in self.engine.scheduler.waiting
-                )
+                waits = starts[snapshot]
                 assert snapshot.awaited == waits, f"S12: {snapshot.awaited} awaited, {waits} wait"
                 if isinstance(self.engine.runner, HashRunner):
                     self.engine.runner.check_snapshot(snapshot, tokens[:length])

@@ -40,7 +40,7 @@ class Snapshot:
     floor: float = 0.0
     """Worth of the last victim when this one was last used: its worth counts from there."""
     awaited: int = 0
-    """Waiting requests that could start from it; they keep it from growing old."""
+    """Waiting requests that would start from it now; they keep it from growing old."""
     pinned: int = 0
     """Requests that are about to load it; it is not evicted meanwhile."""
 
@@ -178,18 +178,20 @@ class PrefixCache:
 
     def expect(self, ids: Sequence[int], count: int) -> None:
         """So many requests more, or fewer if negative, wait with the prompt ``ids``."""
-        node, at = self.root, 0
+        node, at, deepest = self.root, 0, None
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
-                return
+                break
             at += _common(child.tokens, ids, at)
-            for length, snapshot in child.snapshots.items():
-                if length <= at and length < len(ids):
-                    snapshot.awaited += count
+            usable = [length for length in child.snapshots if length <= at and length < len(ids)]
+            if usable:
+                deepest = child.snapshots[max(usable)]
             if at < child.end:
-                return
+                break
             node = child
+        if deepest is not None:
+            deepest.awaited += count
 
     # -- growth ----------------------------------------------------------------------------------
 
@@ -240,18 +242,25 @@ class PrefixCache:
         """
         node = self._grow(tuple(ids))
         assert len(ids) not in node.snapshots, len(ids)
-        awaited = self.awaiting(ids)
-        self._replace_close(node, len(ids), awaited)
         now = self._clock()
         self.pool.share(pages)
         snapshot = Snapshot(
             length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
-            born=now, node=node, used_at=now, floor=self._floor,
-            awaited=awaited,
+            born=now, node=node, used_at=now,
         )  # fmt: skip
+        # Who waits would start from the deepest one: those further on have theirs already.
+        below = [node, *self._nodes(node)]
+        snapshot.awaited = self.awaiting(ids) - sum(
+            one.awaited for each in below for n, one in each.snapshots.items() if n > len(ids)
+        )
         node.snapshots[len(ids)] = snapshot
+        above = self._above(snapshot)
+        if above is not None:
+            above.awaited -= snapshot.awaited
         node.lost.pop(len(ids), None)
         self._snapshots.append(snapshot)
+        self._replace_close(node, len(ids))
+        snapshot.floor = self._floor
         self.version += 1
         self._forget_ghosts()
         return snapshot
@@ -289,6 +298,9 @@ class PrefixCache:
 
     def _drop(self, snapshot: Snapshot) -> None:
         self.version += 1
+        above = self._above(snapshot)
+        if above is not None:
+            above.awaited += snapshot.awaited
         self._snapshots.remove(snapshot)
         del snapshot.node.snapshots[snapshot.length]
         self.pool.give_back(snapshot.pages)
@@ -318,13 +330,18 @@ class PrefixCache:
 
     def _before(self, snapshot: Snapshot) -> int:
         """Length of the nearest snapshot on its path that is shorter; 0 if there is none."""
+        above = self._above(snapshot)
+        return above.length if above else 0
+
+    def _above(self, snapshot: Snapshot) -> Snapshot | None:
+        """The nearest snapshot on its path that is shorter."""
         node: Node | None = snapshot.node
         while node is not None:
             shorter = [length for length in node.snapshots if length < snapshot.length]
             if shorter:
-                return max(shorter)
+                return node.snapshots[max(shorter)]
             node = node.parent
-        return 0
+        return None
 
     def _evict_one(self, *, frees_pages: bool = False) -> bool:
         loose = [snapshot for snapshot in self._snapshots if not snapshot.pinned]
@@ -335,10 +352,10 @@ class PrefixCache:
         self.evict(min(loose, key=lambda snapshot: (self.worth(snapshot), snapshot.born)))
         return True
 
-    def _replace_close(self, node: Node, length: int, awaited: int) -> None:
+    def _replace_close(self, node: Node, length: int) -> None:
         """Drop snapshots of chance that lie just before a new one, where no other path parts.
 
-        Those stay that more requests wait for than for the new one.
+        Those stay from which somebody who waits would start.
         """
         step: Node | None = node
         while step is not None and step.end > length - CLOSE_TOKENS:
@@ -346,7 +363,7 @@ class PrefixCache:
                 return
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
-                by_chance = by_chance and snapshot.awaited <= awaited
+                by_chance = by_chance and not snapshot.awaited
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
                     self.evict(snapshot, replaced=True)
             step = step.parent
