@@ -3,6 +3,7 @@
 A guide walks along one answer. Before every choice it knows the tokens that may follow: a grammar
 where one rules, tags of the format where they are due, everything elsewhere. A row behind drafts
 asks for the mask behind those drafts; what was looked up ahead is undone if the drafts do not stay.
+Whether one token may follow is said far quicker than which tokens may.
 
 Tokens are forced where nothing is left to choose: the text that ends the reasoning when its budget
 is used up, and a token that is the only one a mask allows.
@@ -32,6 +33,10 @@ class Matcher(Protocol):
 
     def consume(self, token: int) -> bool: ...
     def rollback(self, count: int) -> None: ...
+
+    def accepts(self, token: int) -> bool:
+        """Whether a token may follow, where it is no end token and none is forced."""
+        ...
 
     def may_be_forced(self) -> bool:
         """Whether it could be that one token only may follow: quickly said, never wrongly no."""
@@ -89,6 +94,8 @@ class Frame:
     mask: np.ndarray | None = None
     has_mask: bool = False
     """Whether ``mask`` is known; it may be known to be None."""
+    is_open: bool = False
+    """Whether a grammar rules here, and more than one token may follow: said without a mask."""
 
 
 @dataclass(eq=False)
@@ -100,8 +107,6 @@ class Guide:
     """Why its grammar cannot go on."""
     was_cut: bool = False
     """Whether the reasoning has used up its budget."""
-    can_wait: bool = False
-    """Whether the next mask is found while the next step runs, if it need not be known before."""
     _frames: list[Frame] = field(default_factory=list)
     """The newest committed place, then those behind drafts."""
 
@@ -114,6 +119,7 @@ class Guide:
         _set(full, self.rules.control_ids, False)
         _set(full, self.rules.end_ids, True)
         self._text_only = full
+        self._special = frozenset((*self.rules.control_ids, *self.rules.end_ids))
 
     @property
     def state(self) -> State:
@@ -128,7 +134,8 @@ class Guide:
     @property
     def has_no_choice(self) -> bool:
         """Whether one token only may follow."""
-        return _only(self.mask()) is not None
+        frame = self._at(())
+        return not self._is_open(frame) and _only(self._mask(frame)) is not None
 
     @property
     def is_due(self) -> bool:
@@ -142,12 +149,27 @@ class Guide:
         """
         return self._mask(self._at(drafts))
 
+    def can_try(self, drafts: Sequence[int] = ()) -> bool:
+        """Whether ``allows`` is quicker here than ``mask``."""
+        return self._is_open(self._at(drafts))
+
+    def allows(self, token: int, drafts: Sequence[int] = ()) -> bool:
+        """Whether a token may follow the answer and these drafts: a bit of their mask."""
+        frame = self._at(drafts)
+        if self._is_open(frame) and token not in self._special:
+            matcher = self._ruling(frame)
+            self._shorten(len(drafts) + 1)
+            if matcher is not None and matcher.accepts(token):
+                return True
+            # Around a grammar's text the format may allow it.
+        mask = self._mask(frame)
+        return mask is None or _has(mask, token)
+
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""
         for count, token in enumerate(drafts):
             frame = self._at(drafts[:count])
-            mask = self._mask(frame)
-            if self._is_due(frame) or frame.is_done or (mask is not None and not _has(mask, token)):
+            if self._is_due(frame) or frame.is_done or not self.allows(token, drafts[:count]):
                 return count
         return len(drafts)
 
@@ -165,7 +187,7 @@ class Guide:
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
                 some, self.was_cut = self.rules.stop_thinking, True
-            elif self._is_free():
+            elif self._is_open(self._frames[0]):
                 break
             else:
                 one = _only(self.mask())
@@ -177,13 +199,17 @@ class Guide:
                 break
         return found[:room]
 
-    def _is_free(self) -> bool:
-        """Whether it is sure, without a mask, that there is a choice; asked if that can wait."""
-        frame = self._frames[0]
-        if not self.can_wait or frame.has_mask:
+    def _is_open(self, frame: Frame) -> bool:
+        """Whether a grammar rules here, and it is sure without a mask that it leaves a choice.
+
+        Asked first while nothing stands behind the place: then the grammar is still there.
+        """
+        if frame.has_mask:
             return False
-        matcher = self._ruling(frame)
-        return matcher is not None and not matcher.may_be_forced()
+        if not frame.is_open and frame is self._frames[-1]:
+            matcher = self._ruling(frame)
+            frame.is_open = matcher is not None and not matcher.may_be_forced()
+        return frame.is_open
 
     # -- the way ---------------------------------------------------------------------------------
 
@@ -207,7 +233,8 @@ class Guide:
 
     def _push(self, token: int) -> None:
         before, rules = self._frames[-1], self.rules
-        self._mask(before)  # the grammars move on below
+        if not self._is_open(before):
+            self._mask(before)  # the grammars move on below
         state = rules.regions.next(before.state, token)
         frame = Frame(state, token)
         matcher = self._ruling(before)
@@ -254,6 +281,8 @@ class Guide:
 
     def _mask(self, frame: Frame) -> np.ndarray | None:
         if not frame.has_mask:
+            # Of the newest place, as a rule: behind it the grammars have moved on.
+            self._shorten(next(i for i, one in enumerate(self._frames, 1) if one is frame))
             frame.mask, frame.has_mask = self._find_mask(frame), True
         return frame.mask
 
