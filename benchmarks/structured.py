@@ -129,11 +129,11 @@ def mask_share(
     engine, steps = _engine(llm, batch, 0), []
     watches = {
         "masks": (
-            (Guide, "allows"), (Guide, "_is_open"), (Guide, "_find_mask"),
+            (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"),
             (MasksAhead, "begin"), (Future, "result"),
         ),
         "llguidance": tuple(
-            (GrammarMatcher, name) for name in ("fill", "accepts", "may_be_forced")
+            (GrammarMatcher, name) for name in ("fill", "accepts", "may_be_forced", "certain")
         ),
     }  # fmt: skip
     for number in range(-1, rounds):

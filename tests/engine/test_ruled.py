@@ -68,6 +68,9 @@ class Numbers:
     def may_be_forced(self) -> bool:
         return len(self._allowed()) == 1
 
+    def certain(self) -> tuple[int, ...]:
+        return tuple(self._allowed()) if len(self.way) % 2 and self.may_be_forced() else ()
+
 
 def number_guide(way: list[int]) -> tuple[Guide, Numbers]:
     grammar = Numbers()
@@ -205,7 +208,7 @@ def requests(llm: LLM) -> list[Request]:
 
 def test_a_token_is_allowed_where_its_bit_is_set(llm):
     """Every token, at every place of random answers, of every kind of grammar."""
-    width, places, tried = llm.engine.vocab_size, 0, 0
+    width, places, tried, forced = llm.engine.vocab_size, 0, 0, 0
     for number, request in enumerate(requests(llm)):
         generator = random.Random(number)
         for _ in range(2):
@@ -227,9 +230,19 @@ def test_a_token_is_allowed_where_its_bit_is_set(llm):
                 places += 1
                 if slow.is_done or token in request.rules.end_ids:
                     break
+                forced += len(found := quick.forced(room=5, stops=())) > 1
+                for sure in found:
+                    np.testing.assert_array_equal(
+                        np.flatnonzero(allowed(slow.mask(), width)), [sure]
+                    )  # fmt: skip
+                    slow.commit(sure)
+                assert len(found) == 5 or quick.is_done or not slow.has_no_choice
+                if slow.is_done:
+                    break
             assert quick.state == slow.state
             assert quick.failed is slow.failed is None
     assert 20 < tried < places
+    assert forced > 10
 
 
 def test_answers_are_those_of_masks_alone(tiny_folder, monkeypatch):

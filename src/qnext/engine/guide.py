@@ -42,6 +42,10 @@ class Matcher(Protocol):
         """Whether it could be that one token only may follow: quickly said, never wrongly no."""
         ...
 
+    def certain(self) -> tuple[int, ...]:
+        """Tokens that follow for certain, as far as that is quickly said."""
+        ...
+
 
 class Grammar(Protocol):
     """A compiled grammar."""
@@ -94,8 +98,12 @@ class Frame:
     mask: np.ndarray | None = None
     has_mask: bool = False
     """Whether ``mask`` is known; it may be known to be None."""
+    is_settled: bool = False
+    """Whether there is a choice is known: from the mask, or from one of the following."""
     is_open: bool = False
-    """Whether a grammar rules here, and more than one token may follow: said without a mask."""
+    """Whether a grammar rules here, and more than one token may follow."""
+    certain: tuple[int, ...] = ()
+    """Tokens that follow without a choice."""
 
 
 @dataclass(eq=False)
@@ -134,8 +142,8 @@ class Guide:
     @property
     def has_no_choice(self) -> bool:
         """Whether one token only may follow."""
-        frame = self._at(())
-        return not self._is_open(frame) and _only(self._mask(frame)) is not None
+        frame = self._settled(())
+        return not frame.is_open and self._only(frame) is not None
 
     @property
     def is_due(self) -> bool:
@@ -151,12 +159,13 @@ class Guide:
 
     def can_try(self, drafts: Sequence[int] = ()) -> bool:
         """Whether ``allows`` is quicker here than ``mask``."""
-        return self._is_open(self._at(drafts))
+        frame = self._settled(drafts)
+        return frame.is_open and not frame.has_mask
 
     def allows(self, token: int, drafts: Sequence[int] = ()) -> bool:
         """Whether a token may follow the answer and these drafts: a bit of their mask."""
-        frame = self._at(drafts)
-        if self._is_open(frame) and token not in self._special:
+        frame = self._settled(drafts)
+        if frame.is_open and not frame.has_mask and token not in self._special:
             matcher = self._ruling(frame)
             self._shorten(len(drafts) + 1)
             if matcher is not None and matcher.accepts(token):
@@ -187,10 +196,9 @@ class Guide:
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
                 some, self.was_cut = self.rules.stop_thinking, True
-            elif self._is_open(self._frames[0]):
-                break
             else:
-                one = _only(self.mask())
+                frame = self._settled(())
+                one = None if frame.is_open else self._only(frame)
                 some = () if one is None else (one,)
             for token in some:
                 self.commit(token)
@@ -198,18 +206,6 @@ class Guide:
             if not some or found[-1] in stops:
                 break
         return found[:room]
-
-    def _is_open(self, frame: Frame) -> bool:
-        """Whether a grammar rules here, and it is sure without a mask that it leaves a choice.
-
-        Asked first while nothing stands behind the place: then the grammar is still there.
-        """
-        if frame.has_mask:
-            return False
-        if not frame.is_open and frame is self._frames[-1]:
-            matcher = self._ruling(frame)
-            frame.is_open = matcher is not None and not matcher.may_be_forced()
-        return frame.is_open
 
     # -- the way ---------------------------------------------------------------------------------
 
@@ -233,10 +229,12 @@ class Guide:
 
     def _push(self, token: int) -> None:
         before, rules = self._frames[-1], self.rules
-        if not self._is_open(before):
-            self._mask(before)  # the grammars move on below
+        if not before.is_settled:
+            self._settle(before)  # the grammars move on below
         state = rules.regions.next(before.state, token)
         frame = Frame(state, token)
+        if len(before.certain) > 1 and before.certain[0] == token:
+            frame.certain, frame.is_settled = before.certain[1:], True
         matcher = self._ruling(before)
         frame.call = before.call
         if rules.is_closed and token in rules.end_ids and before.state.region == "content":
@@ -277,12 +275,41 @@ class Guide:
         state = frame.state
         return budget is not None and state.region == "reasoning" and state.thought >= budget
 
+    # -- choices ---------------------------------------------------------------------------------
+
+    def _settled(self, drafts: Sequence[int]) -> Frame:
+        frame = self._at(drafts)
+        if not frame.is_settled:
+            self._settle(frame)
+        return frame
+
+    def _settle(self, frame: Frame) -> None:
+        """Learn whether there is a choice, without a mask if that can be; the place is the newest.
+
+        Behind it the grammars move on.
+        """
+        matcher = self._ruling(frame)
+        if matcher is not None and not matcher.may_be_forced():
+            frame.is_open = True
+        else:
+            state = frame.state
+            if matcher is not None and (state.region == "tool" or _is_under_way(state)):
+                frame.certain = matcher.certain()
+            if not frame.certain:
+                self._mask(frame)
+        frame.is_settled = True
+
+    def _only(self, frame: Frame) -> int | None:
+        """The token that follows a place without a choice."""
+        return frame.certain[0] if frame.certain else _only(self._mask(frame))
+
     # -- masks -----------------------------------------------------------------------------------
 
     def _mask(self, frame: Frame) -> np.ndarray | None:
         if not frame.has_mask:
             # Of the newest place, as a rule: behind it the grammars have moved on.
-            self._shorten(next(i for i, one in enumerate(self._frames, 1) if one is frame))
+            if frame is not self._frames[-1]:
+                self._shorten(next(i for i, one in enumerate(self._frames, 1) if one is frame))
             frame.mask, frame.has_mask = self._find_mask(frame), True
         return frame.mask
 
@@ -304,6 +331,8 @@ class Guide:
                 _set(words, rules.end_ids, False)
                 _set(words, [closing] if may_end else [], True)
             return words
+        if matcher is not None and _is_under_way(state):
+            return self._filled(matcher)
         extra = [token for token, n in regions.newlines.items() if n <= (state.lead or 0)]
         thinks = regions.think[0].id
         if thinks is not None and regions.may_think and not state.begun:
@@ -348,6 +377,11 @@ class Guide:
             _set(words, tokens, True)
             self._fixed[key] = words
         return self._fixed[key]
+
+
+def _is_under_way(state: State) -> bool:
+    """Whether nothing of the format may stand here, only the answer's own text."""
+    return state.region == "content" and state.said and state.lead is None
 
 
 def _has(words: np.ndarray, token: int) -> bool:

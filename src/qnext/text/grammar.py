@@ -64,6 +64,10 @@ class GrammarMatcher:
         """Whether one token only may follow: then the next byte is certain, or it ends here."""
         return bool(self._matcher.compute_ff_bytes()) or self._matcher.is_stopped()
 
+    def certain(self) -> tuple[int, ...]:
+        """Tokens that follow for certain, each the only one of its mask; not always all."""
+        return tuple(self._matcher.compute_ff_tokens())
+
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` tokens."""
         self._matcher.rollback(count)
