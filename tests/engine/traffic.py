@@ -22,8 +22,9 @@ from hash_chain import Chain, HashRunner
 
 from qnext.engine.engine import Engine
 from qnext.engine.request import Event, Request, SamplingParams
-from qnext.engine.scheduler import MAX_BYPASS, MAX_OVERTAKINGS
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.scheduler import MAX_BYPASS
+from qnext.engine.sequence import MAX_OVERTAKINGS
+from qnext.engine.sequence import Sequence as Running
 from qnext.errors import RequestError
 
 Dice = Callable[[int, int], int]
@@ -297,6 +298,9 @@ class Session:
         engine, scheduler = self.engine, self.engine.scheduler
         names = {s.request.id for s in (*scheduler.waiting, *scheduler.running)}
         assert names == set(self.live) == set(engine._sequences), "S1: requests are lost or kept"
+        waiting = len(scheduler.waiting)
+        told = scheduler.foresight.partings(()).get(0, 0)
+        assert told == waiting, f"S1: {waiting} wait, the tree of the queue has {told}"
         self._check_memory()
         self._check_writes()
         for sequence in scheduler.waiting:
@@ -341,6 +345,12 @@ class Session:
                 assert snapshot.node is node, snapshot
                 assert snapshot.length == length, snapshot
                 assert node.start < length <= node.end, snapshot
+                waits = sum(
+                    s.request.prompt_ids[:length] == tokens[:length]
+                    and len(s.request.prompt_ids) > length
+                    for s in self.engine.scheduler.waiting
+                )
+                assert snapshot.awaited == waits, f"S12: {snapshot.awaited} awaited, {waits} wait"
                 if isinstance(self.engine.runner, HashRunner):
                     self.engine.runner.check_snapshot(snapshot, tokens[:length])
                 found += 1

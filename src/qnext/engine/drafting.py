@@ -6,7 +6,7 @@ from qnext.engine.native_runner import NativeRunner
 from qnext.engine.ruled import choose_ruled, ruled_by
 from qnext.engine.runner import MtpWork, Runner
 from qnext.engine.sampler import SampleRow, choose
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
 

@@ -35,8 +35,9 @@ from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
 from qnext.engine.ruled import Ruled, choose_ruled, mask_before, may_try, ruled_by
 from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import SampleRow, choose, logprobs_of
-from qnext.engine.scheduler import Item, Scheduler
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.sequence import Item
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import CacheSizes, Settings, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
@@ -253,13 +254,13 @@ class Engine:
         """Queue a request. Raises RequestError if it could never run."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is already in use; choose another.")
-        limit = self.vocab_size
-        for position, token in enumerate(request.prompt_ids):
-            if not 0 <= token < limit:
-                raise RequestError(
-                    f"prompt token {position}: id {token} is outside the vocabulary "
-                    f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
-                )
+        limit, ids = self.vocab_size, request.prompt_ids
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            position = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
+            raise RequestError(
+                f"prompt token {position}: id {ids[position]} is outside the vocabulary "
+                f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
+            )
         banned = [token for word in request.bad_ids for token in word]
         for token in (*request.params.logit_bias, *request.params.stop_token_ids, *banned):
             if not 0 <= token < limit:
@@ -360,7 +361,7 @@ class Engine:
             ahead.result()
         self._watch_routes(items, works)
         rows: list[SampleRow] = []
-        ruled: list[Ruled | None] = []
+        rules: list[Ruled | None] = []
         wanted: list[int] = []
         spans: list[tuple[int, int]] = []
         known: list[tuple[int, int]] = []
@@ -376,13 +377,13 @@ class Engine:
                 new = 1 + len(sequence.drafts)
                 for i in range(new):
                     rows.append(self._row(sequence, sequence.drafts[:i]))
-                    ruled.append(ruled_by(sequence.guide, sequence.drafts, i))
+                    rules.append(ruled_by(sequence.guide, sequence.drafts, i))
                     wanted.append(last - new + i)
             spans.append((first, len(rows)))
             for twin in self.scheduler.twins(sequence) if self._samples(item) else ():
                 twins.append((sequence, twin, len(rows)))
                 rows.append(self._row(twin, ()))
-                ruled.append(ruled_by(twin.guide, (), 0))
+                rules.append(ruled_by(twin.guide, (), 0))
                 wanted.append(last - 1)
             at = last
         every = len(wanted) == logits.shape[0] and wanted == list(range(len(wanted)))
@@ -391,7 +392,7 @@ class Engine:
         rivals: Sequence[object] = []
         if rows:
             tokens, rivals = choose_ruled(
-                self._choose, chosen, rows, ruled,
+                self._choose, chosen, rows, rules,
                 defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             )  # fmt: skip
         counts, outcomes = [], []

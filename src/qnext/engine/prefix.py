@@ -39,6 +39,8 @@ class Snapshot:
     used_at: float = 0.0
     floor: float = 0.0
     """Worth of the last victim when this one was last used: its worth counts from there."""
+    awaited: int = 0
+    """Waiting requests that could start from it; they keep it from growing old."""
     pinned: int = 0
     """Requests that are about to load it; it is not evicted meanwhile."""
 
@@ -75,6 +77,8 @@ class Match:
     """The token that an earlier prompt had where they part; None where it ended."""
     lost: tuple[int, str, float] | None = None
     """(length, why, when it went) of the deepest one that would be better and had to go."""
+    ways: int = 1
+    """How many continuations of the known part were seen."""
 
 
 class PrefixCache:
@@ -106,6 +110,9 @@ class PrefixCache:
         """Worth of the last victim: what is not used falls behind it with time."""
         self.on_evict: Callable[[Snapshot], None] | None = None
         """Called with a snapshot that is about to go for lack of room."""
+        self.awaiting: Callable[[Sequence[int]], int] = lambda ids: 0
+        """How many waiting requests begin with some tokens and go on; they are told of by
+        ``expect`` as well."""
         self.version = 0
         """Changes whenever a lookup may find something else than before."""
 
@@ -122,13 +129,14 @@ class PrefixCache:
         node, at, best = self.root, 0, None
         lost: tuple[int, str, float] | None = None
         expected: int | None = None
-        limit = len(ids) - 1
+        limit, ways = len(ids) - 1, 1
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
                 others = node.children.values()
                 last = max(others, key=lambda other: other.used_at, default=None)
                 expected = last.tokens[0] if last else None
+                ways = max(len(others), 1)
                 break
             shared = _common(child.tokens, ids, at)
             for length, (why, when) in child.lost.items():
@@ -146,7 +154,7 @@ class PrefixCache:
                 break
         if lost is not None and best is not None and lost[0] <= best.length:
             lost = None
-        return Match(known=at, snapshot=best, expected=expected, lost=lost)
+        return Match(known=at, snapshot=best, expected=expected, lost=lost, ways=ways)
 
     def age(self, since: float) -> float:
         """Seconds from a time that this cache has noted until now."""
@@ -168,7 +176,27 @@ class PrefixCache:
             node = node.parent
         return tuple(token for edge in reversed(edges) for token in edge)[: snapshot.length]
 
+    def expect(self, ids: Sequence[int], count: int) -> None:
+        """So many requests more, or fewer if negative, wait with the prompt ``ids``."""
+        node, at = self.root, 0
+        while at < len(ids):
+            child = node.children.get(ids[at])
+            if child is None:
+                return
+            at += _common(child.tokens, ids, at)
+            for length, snapshot in child.snapshots.items():
+                if length <= at and length < len(ids):
+                    snapshot.awaited += count
+            if at < child.end:
+                return
+            node = child
+
     # -- growth ----------------------------------------------------------------------------------
+
+    def learn(self, ids: Sequence[int]) -> None:
+        """Remember the tokens of a prompt that begins to run."""
+        self._grow(tuple(ids))
+        self._forget_ghosts()
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
@@ -212,12 +240,14 @@ class PrefixCache:
         """
         node = self._grow(tuple(ids))
         assert len(ids) not in node.snapshots, len(ids)
-        self._replace_close(node, len(ids))
+        awaited = self.awaiting(ids)
+        self._replace_close(node, len(ids), awaited)
         now = self._clock()
         self.pool.share(pages)
         snapshot = Snapshot(
             length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
             born=now, node=node, used_at=now, floor=self._floor,
+            awaited=awaited,
         )  # fmt: skip
         node.snapshots[len(ids)] = snapshot
         node.lost.pop(len(ids), None)
@@ -280,9 +310,11 @@ class PrefixCache:
         compute again; when one that shares its pages goes, more bytes are its own.
         """
         likely = likelihood(snapshot.why, snapshot.uses, self._clock() - snapshot.used_at)
+        likely += snapshot.awaited
+        floor = self._floor if snapshot.awaited else snapshot.floor
         seconds = self._prefill.seconds(self._before(snapshot), snapshot.length)
         held = self._state_bytes + self._page_bytes * self.pool.exclusive(snapshot.pages)
-        return snapshot.floor + likely * seconds / held
+        return floor + likely * seconds / held
 
     def _before(self, snapshot: Snapshot) -> int:
         """Length of the nearest snapshot on its path that is shorter; 0 if there is none."""
@@ -303,14 +335,18 @@ class PrefixCache:
         self.evict(min(loose, key=lambda snapshot: (self.worth(snapshot), snapshot.born)))
         return True
 
-    def _replace_close(self, node: Node, length: int) -> None:
-        """Drop snapshots of chance that lie just before a new one, where no other path parts."""
+    def _replace_close(self, node: Node, length: int, awaited: int) -> None:
+        """Drop snapshots of chance that lie just before a new one, where no other path parts.
+
+        Those stay that more requests wait for than for the new one.
+        """
         step: Node | None = node
         while step is not None and step.end > length - CLOSE_TOKENS:
             if step is not node and len(step.children) > 1:
                 return
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
+                by_chance = by_chance and snapshot.awaited <= awaited
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
                     self.evict(snapshot, replaced=True)
             step = step.parent

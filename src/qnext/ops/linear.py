@@ -21,7 +21,7 @@ def linear_invariant(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     The library chooses its algorithm by the number of rows, and for few rows sums in another
     order. From ``ROW_BLOCK`` rows on it does not; the padding rows are cut off again.
     """
-    # Views and the inner form of pad: a step of a small model spends more time here than it computes.
+    # The inner form of pad, and views: around small products, time goes into such calls.
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     missing = -rows.shape[0] % ROW_BLOCK
     if not missing:
