@@ -2,15 +2,18 @@
 
     python -m benchmarks.structured [--model qnext-mini] [--rounds 8] [--record]
 
-Three questions, all greedy and without a prefix cache. Which share of the time of a step goes into
-masks: a stopwatch runs around what finds them, or waits until another thread has, and a second one
-around llguidance alone, which may work beside the model's forward. How fast are answers
+Three questions, without a prefix cache, greedy where nothing else is said. Which share of the time
+of a step goes into what may follow: a stopwatch runs around all that tries tokens, finds masks, or
+waits until another thread has, and a second one around llguidance alone, which may work beside the
+model's forward. Greedy choices are tried first; behind a filter every choice needs its mask. How
+fast are answers
 with a grammar when drafts are made, against none: paired rounds in an order drawn anew, the median
 of the ratios and its 95% interval. And what path-independent mode costs, in the same way, on both
 backends, without a grammar. The time of a run is that of whole answers, prompts included.
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -36,6 +39,12 @@ from qnext.text.grammar import GrammarMatcher
 SETTINGS: tuple[int | str, ...] = (0, 1, "auto")
 GOAL_SHARE, GOAL_EVEN, GOAL_PRICE = 0.05, 0.98, 0.20
 """Most of a step for masks; least speed with drafts against none; most that equal bits may cost."""
+
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "": {},
+    ", drawn from top_p 0.95": {"temperature": 1.0, "top_p": 0.95},
+}
+"""How tokens are chosen where masks are timed."""
 
 _NAME: Mapping[str, Any] = {"type": "string", "maxLength": 20}
 FORMS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -108,7 +117,9 @@ class Stopwatch:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def mask_share(llm: LLM, batch: int, *, rounds: int, max_tokens: int) -> dict[str, float]:
+def mask_share(
+    llm: LLM, batch: int, *, rounds: int, max_tokens: int, **sampling: Any
+) -> dict[str, float]:
     """Shares of the time of a step: what it has to wait for ``masks``, and what ``llguidance``
     works, beside the forward too; and the step in ms.
 
@@ -117,11 +128,16 @@ def mask_share(llm: LLM, batch: int, *, rounds: int, max_tokens: int) -> dict[st
     shares: dict[str, list[float]] = {"masks": [], "llguidance": []}
     engine, steps = _engine(llm, batch, 0), []
     watches = {
-        "masks": ((Guide, "_find_mask"), (MasksAhead, "begin"), (Future, "result")),
-        "llguidance": ((GrammarMatcher, "fill"),),
-    }
+        "masks": (
+            (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"),
+            (MasksAhead, "begin"), (Future, "result"),
+        ),
+        "llguidance": tuple(
+            (GrammarMatcher, name) for name in ("fill", "accepts", "may_be_forced", "certain")
+        ),
+    }  # fmt: skip
     for number in range(-1, rounds):
-        requests = _forms(llm, batch, number, max_tokens)
+        requests = _forms(llm, batch, number, max_tokens, **sampling)
         for name, places in watches.items():
             watch, before = Stopwatch(*places, everywhere=name == "llguidance"), engine.steps
             with watch.running():
@@ -175,13 +191,14 @@ def _engine(llm: LLM, batch: int, drafts: int | str) -> Engine:
     )
 
 
-def _forms(llm: LLM, batch: int, number: int, max_tokens: int) -> list[Request]:
+def _forms(llm: LLM, batch: int, number: int, max_tokens: int, **sampling: Any) -> list[Request]:
     requests = []
     for i in range(batch):
         text, form = FORMS[(number + i) % len(FORMS)]
         params = SamplingParams(
-            temperature=0.0, max_tokens=max_tokens, structured_outputs=StructuredOutputs(**form)
-        )
+            **{"temperature": 0.0, "seed": i, **sampling}, max_tokens=max_tokens,
+            structured_outputs=StructuredOutputs(**form),
+        )  # fmt: skip
         requests.append(llm.prepare_chat(_asked(text), params, enable_thinking=False)[0])
     return requests
 
@@ -213,12 +230,12 @@ def _answer(engine: Engine, requests: Sequence[Request]) -> tuple[float, int]:
 def mask_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
     """Rows about masks."""
     rows = []
-    for batch in args.batches:
-        found = mask_share(llm, batch, rounds=args.rounds, max_tokens=args.tokens)
+    for batch, (label, sampling) in itertools.product(args.batches, WAYS.items()):
+        found = mask_share(llm, batch, rounds=args.rounds, max_tokens=args.tokens, **sampling)
         share = found["masks"]
         rows.append(
             {
-                "what": f"Masks, batch {batch}",
+                "what": f"Masks, batch {batch}{label}",
                 "value": f"{share:.1%} of a step of {found['step_ms']:.2f} ms; llguidance works "
                 f"{found['llguidance']:.1%}",
                 "goal": f"at most {GOAL_SHARE:.0%}",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qnext import LLM, SamplingParams, load_model, save_model
 from qnext.answers import Conversation, Delta
-from qnext.engine.request import Event, Request, Usage
+from qnext.engine.request import Event, Request, TokenLogprobs, Usage
 from qnext.errors import RequestError, TokenizerError
 from qnext.llm import TextReader, parse_bytes
 from qnext.text.calls.parts import merged
@@ -414,3 +414,44 @@ def test_joined_deltas_say_what_the_single_ones_say(llm, cuts):
     assert parts == merged(part for one in deltas for part in one.parts)
     assert [one.finish_reason for one in fewer] == [None] * (len(fewer) - 1) + ["length"]
     assert fewer[-1].usage == deltas[-1].usage
+
+
+WRITTEN = (
+    "The fox 🦊 sat.",
+    'Hm, the river\n</think>\n\n<tool_call>\n{"name": "look", "arguments": {"at": "日本"}}\n'
+    "</tool_call>\nand so on",
+    "<think>\nthe moon",
+)
+
+
+@given(
+    cuts=st.lists(st.integers(0, 120), max_size=9),
+    text=st.sampled_from(WRITTEN),
+    stop=st.sampled_from([(), ("moon",), ("r\n", "look")]),
+    end=st.sampled_from(["length", "stop", "cancelled"]),
+    inside=st.booleans(),
+)
+def test_events_read_together_say_what_they_say_one_by_one(llm, cuts, text, stop, end, inside):
+    ids = [*llm.tokenizer.encode(text, allow_added=True), llm.eos_ids[0]]
+    logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=()) for token in ids]
+    events = [
+        Event(request_id="x", token_ids=(token,), finish_reason=None, logprobs=(one,),
+              usage=Usage(prompt_tokens=1, completion_tokens=number + 1))
+        for number, (token, one) in enumerate(zip(ids, logprobs, strict=True))
+    ]  # fmt: skip
+    if end == "cancelled":
+        events.append(replace(events[-1], token_ids=(), logprobs=(), finish_reason=end))
+    else:
+        events[-1] = replace(events[-1], finish_reason=end)
+    places = [0, *sorted(cut for cut in cuts if 0 < cut < len(events)), len(events)]
+    found = []
+    for pieces in (pairwise(range(len(events) + 1)), pairwise(places)):
+        request = Request(id="x", prompt_ids=(1,), params=SamplingParams(stop=stop))
+        regions = llm.rule_book.regions("<think>" if inside else "", chat=True, plain=False)
+        reader = TextReader(
+            llm.tokenizer, request, split_reasoning=True, regions=regions, tool_format="hermes"
+        )
+        deltas = [delta for a, b in pieces for delta in reader.push_all(events[a:b])]
+        assert reader.must_read_at_once == bool(stop)
+        found.append((Delta.joined(deltas), reader.stopped, reader._state))
+    assert found[0] == found[1]

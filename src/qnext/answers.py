@@ -142,6 +142,7 @@ class TextReader:
         self._parts: list[Part] = []
         self._bytes = Detokenizer(tokenizer, skip_special=True)
         self._stop = StopMatcher(list(request.params.stop))
+        self._may_stop = bool(request.params.stop)
         self._splits = split_reasoning
         self._parser = OutputParser(
             starts_in_reasoning=regions.starts_in == "reasoning", split_reasoning=split_reasoning,
@@ -161,21 +162,8 @@ class TextReader:
         """Feed one event; returns what has become final, or None."""
         if self._ended:
             return None
-        ends, raw, used = event.finish_reason is not None, "", 0
-        last = len(event.token_ids) - 1
-        for i, token in enumerate(event.token_ids):
-            before, self._state = self._state, self._regions.next(self._state, token)
-            used += 1
-            if i == last and event.finish_reason == "stop":
-                break  # the end-of-sequence token is not text
-            if self._calls_are_whole and "tool" in (before.region, self._state.region):
-                # No stop string cuts a call into two.
-                raw += self._stop.finish() + self._bytes.push([token])
-                continue
-            emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
-            raw += emit
-            if self.stopped:
-                break  # what a step drafted beyond the stop string never happened
+        ends = event.finish_reason is not None
+        raw, used = self._text_of(event.token_ids, ends_by_token=event.finish_reason == "stop")
         if ends and not self.stopped:
             emit, self.stopped, _ = self._stop.push(self._bytes.finish())
             raw += emit + ("" if self.stopped else self._stop.finish())
@@ -208,6 +196,48 @@ class TextReader:
         if self.conversation is not None:
             self._parts += parts
         return delta
+
+    def push_all(self, events: Sequence[Event]) -> list[Delta]:
+        """Feed the events of several steps; like ``push`` for each, in as few deltas as can be."""
+        if not events:
+            return []
+        if events[-1].finish_reason is not None and not events[-1].token_ids:
+            *before, last = events  # which would pass for the end of the tokens before it
+            found = [*self.push_all(before), self.push(last)]
+        else:
+            found = [self.push(Event.joined(events))]
+        return [delta for delta in found if delta is not None]
+
+    @property
+    def must_read_at_once(self) -> bool:
+        """Whether something in the text might end the answer before the engine would."""
+        return self._may_stop
+
+    def _text_of(self, token_ids: Sequence[int], *, ends_by_token: bool) -> tuple[str, int]:
+        """Text that tokens complete, without stop strings; how many there were before one."""
+        last, following = len(token_ids) - 1, self._regions.next
+        if not self._may_stop:
+            state = self._state
+            for token in token_ids:
+                state = following(state, token)
+            self._state = state
+            # The end-of-sequence token is not text.
+            return self._bytes.push(token_ids[:last] if ends_by_token else token_ids), last + 1
+        raw = ""
+        for i, token in enumerate(token_ids):
+            before, self._state = self._state, following(self._state, token)
+            if i == last and ends_by_token:
+                break
+            if self._calls_are_whole and "tool" in (before.region, self._state.region):
+                # No stop string cuts a call into two.
+                raw += self._stop.finish() + self._bytes.push([token])
+                continue
+            emit, self.stopped, _ = self._stop.push(self._bytes.push([token]))
+            raw += emit
+            if self.stopped:
+                # What a step drafted beyond the stop string never happened.
+                return raw, i + 1
+        return raw, last + 1
 
     def answer(self) -> dict[str, Any]:
         """The assistant's message so far, as it would stand in the conversation."""

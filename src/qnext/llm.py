@@ -255,8 +255,7 @@ class LLM:
         if enable_thinking is not None:
             options["enable_thinking"] = enable_thinking
         # Encoded with control tokens only where the template wrote them, not where a user did.
-        ids = self.template.encode(messages, self.tokenizer, **options)
-        prompt = self.template.render(messages, **options)
+        prompt, ids = self.template.encode_prompt(messages, self.tokenizer, **options)
         hints = stable_lengths(self.template, self.tokenizer, messages, ids, options)
         places = message_places(self.tokenizer, ids)
         use = ToolUse(

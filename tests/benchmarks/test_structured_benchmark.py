@@ -24,7 +24,9 @@ def test_every_part_is_measured(tiny_folder, args, monkeypatch):
     before = Guide._find_mask
     llm = LLM(tiny_folder, memory="8MiB", max_num_seqs=1)
     masks, speed = structured.mask_rows(llm, args), structured.speed_rows(llm, args)
-    assert [row["what"] for row in masks] == ["Masks, batch 1", "Masks, batch 4"]
+    assert [row["what"] for row in masks] == [
+        f"Masks, batch {batch}{way}" for batch in (1, 4) for way in structured.WAYS
+    ]
     assert {row["met"] for row in masks + speed} <= {"yes", "no"}
     assert [row["what"] for row in speed] == [
         "With a grammar, batch 1, auto", "With a grammar, batch 4, auto",

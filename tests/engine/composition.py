@@ -220,7 +220,7 @@ ASKS: dict[str, tuple[Sequence[object], Edit]] = {
     "tools": ((None, "auto", "required"), _tools),
 }
 WAYS: dict[str, tuple[Sequence[object], Edit]] = {
-    "cache": (("cold", "exact", "partial", "branch", "disk", "off"), _cache),
+    "cache": (("cold", "exact", "partial", "branch", "together", "disk", "off"), _cache),
     "chunk": (
         (None, 1, 7, 64, 97),
         lambda way, value: way.options.update(max_chunk_tokens=value),
@@ -426,6 +426,11 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
     _warm(llm, way.warm, plain.prompt_ids)
     generator = random.Random(2)
     others: list[Stream] = []
+    if way.warm == "together":
+        # Begins alike and comes first: what is asked waits for the state where they part.
+        settings = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        start = [*plain.prompt_ids[:-21], *[1] * 5]
+        others.append(Stream(llm, llm._submit(*llm.prepare_text(start, settings))))
     for number in range(way.company):
         length = generator.randrange(1, TOKENS)
         settings = SamplingParams(

@@ -3,7 +3,7 @@
 import pytest
 
 from qnext import native
-from qnext.engine import background, drafting, prefix, scheduler
+from qnext.engine import background, drafting, foresight, prefix, scheduler
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.ops import OpSpec, invariant, select
@@ -34,6 +34,8 @@ def small_limits(monkeypatch):
     """Limits made for prompts of thousands of tokens, made for prompts of dozens."""
     monkeypatch.setattr(scheduler, "CLOSE_TOKENS", 4)
     monkeypatch.setattr(prefix, "CLOSE_TOKENS", 4)
+    monkeypatch.setattr(scheduler, "MIN_SHARED", 2)
+    monkeypatch.setattr(foresight, "MIN_SHARED", 2)
     monkeypatch.setattr(scheduler, "PREFILL_ROWS", 4)
     monkeypatch.setattr(scheduler, "SCORED_ROWS", 6)
     monkeypatch.setattr(scheduler, "MIN_RUN_TOKENS", 6)

@@ -151,7 +151,7 @@ def test_while_drafting_rests_prompts_are_not_read_by_the_mtp_layer(tiny_model):
     fill = engine.runner.fill
     engine.runner.fill = lambda works: filled.append(len(works[0].ids)) or fill(works)
     engine.add(request("short", list(range(100)), max_tokens=30, ignore_eos=True))
-    engine.add(request("long", list(range(300)), max_tokens=3, ignore_eos=True))
+    engine.add(request("long", list(range(300, 0, -1)), max_tokens=3, ignore_eos=True))
     first = engine.step() + engine.step()
     assert {s.request.id: s.done + 1 - s.mtp_len for s in engine.scheduler.running} == {
         "short": 101, "long": FULL_BACKLOG // 2 + 1,  # what is older is given up

@@ -3,9 +3,10 @@
 import pytest
 from hash_chain import Answer, Head, hash_engine
 
-from qnext.engine import scheduler as scheduler_module
+from qnext.engine import sequence as sequence_module
 from qnext.engine.request import Request, SamplingParams
-from qnext.engine.scheduler import CLASS_OVERTAKINGS, MAX_BYPASS, MAX_OVERTAKINGS
+from qnext.engine.scheduler import MAX_BYPASS
+from qnext.engine.sequence import CLASS_OVERTAKINGS, MAX_OVERTAKINGS
 from qnext.engine.sizes import Settings
 
 HEAD = Head(16)
@@ -63,8 +64,8 @@ def test_a_request_runs_however_many_more_urgent_ones_come(stream, slots):
 
 
 def test_without_aging_it_would_starve(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MAX_OVERTAKINGS", 1 << 60)
-    monkeypatch.setattr(scheduler_module, "CLASS_OVERTAKINGS", 1 << 60)
+    monkeypatch.setattr(sequence_module, "MAX_OVERTAKINGS", 1 << 60)
+    monkeypatch.setattr(sequence_module, "CLASS_OVERTAKINGS", 1 << 60)
     engine = engine_of()
     add(engine, "patient", priority=1)
     assert flood(engine, "patient", priority=STREAMS["far above"], steps=1000) is None

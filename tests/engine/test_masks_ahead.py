@@ -38,7 +38,9 @@ def answers(folder, *, ahead: bool, drafts: int | str, logprobs: int | None):
         closing = {token: 9.0 for token in ids if token is not None}
         params = [
             SamplingParams(
-                temperature=1.0, seed=seed, max_tokens=60, logit_bias=closing, logprobs=logprobs,
+                # A filter needs the mask before anything is chosen.
+                temperature=1.0, top_p=0.99, seed=seed, max_tokens=60, logit_bias=closing,
+                logprobs=logprobs,
                 structured_outputs=StructuredOutputs(**form),
             )
             for seed, form in enumerate(FORMS)

@@ -16,6 +16,7 @@ from qnext.engine import drafting
 from qnext.engine import scheduler as scheduler_module
 from qnext.engine.blocks import PagePool
 from qnext.engine.engine import Engine
+from qnext.engine.foresight import Foresight
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.scheduler import Scheduler
 
@@ -343,6 +344,16 @@ def a_lookup_is_not_repeated_when_the_cache_has_changed(patch):
             self.prefix.version = version
 
     patch.setattr(Scheduler, "_match", once)
+
+
+@mutation("check: S1: .* the tree of the queue has")
+def the_queue_remembers_those_who_left(patch):
+    patch.setattr(Foresight, "remove", lambda self, ids: None)
+
+
+@mutation("drive: S1")
+def a_request_waits_for_a_state_that_nobody_saves(patch):
+    patch.setattr(Scheduler, "_awaits_state", lambda self, sequence: True)
 
 
 @mutation("check: S1")

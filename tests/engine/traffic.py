@@ -22,8 +22,9 @@ from hash_chain import Chain, HashRunner
 
 from qnext.engine.engine import Engine
 from qnext.engine.request import Event, Request, SamplingParams
-from qnext.engine.scheduler import MAX_BYPASS, MAX_OVERTAKINGS
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.scheduler import MAX_BYPASS
+from qnext.engine.sequence import MAX_OVERTAKINGS
+from qnext.engine.sequence import Sequence as Running
 from qnext.errors import RequestError
 
 Dice = Callable[[int, int], int]
@@ -297,6 +298,9 @@ class Session:
         engine, scheduler = self.engine, self.engine.scheduler
         names = {s.request.id for s in (*scheduler.waiting, *scheduler.running)}
         assert names == set(self.live) == set(engine._sequences), "S1: requests are lost or kept"
+        waiting = len(scheduler.waiting)
+        told = scheduler.foresight.partings(()).get(0, 0)
+        assert told == waiting, f"S1: {waiting} wait, the tree of the queue has {told}"
         self._check_memory()
         self._check_writes()
         for sequence in scheduler.waiting:
@@ -331,6 +335,9 @@ class Session:
     def check_snapshots(self) -> None:
         """The tree of prefixes, and every snapshot in it: what it holds is what its tokens give."""
         prefix, known = self.engine.prefix, 0
+        starts: Counter[Any] = Counter()
+        for sequence in self.engine.scheduler.waiting:
+            starts[prefix.match(sequence.request.prompt_ids).snapshot] += 1
         found, stack = 0, [(prefix.root, ())]
         while stack:
             node, before = stack.pop()
@@ -341,6 +348,8 @@ class Session:
                 assert snapshot.node is node, snapshot
                 assert snapshot.length == length, snapshot
                 assert node.start < length <= node.end, snapshot
+                waits = starts[snapshot]
+                assert snapshot.awaited == waits, f"S12: {snapshot.awaited} awaited, {waits} wait"
                 if isinstance(self.engine.runner, HashRunner):
                     self.engine.runner.check_snapshot(snapshot, tokens[:length])
                 found += 1

@@ -15,7 +15,7 @@ from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import MtpWork, Runner, Work
-from qnext.engine.scheduler import Sequence
+from qnext.engine.sequence import Sequence
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.weights.formats import pack_q8

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qnext.errors import TokenizerError
-from qnext.text.tokenizer import Tokenizer
+from qnext.text.tokenizer import MIN_KEPT_TEXT, Tokenizer
 from qnext.text.vocabulary import QWEN3_ADDED_TOKENS, SPECIAL_TOKENS, byte_level
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
@@ -178,6 +178,56 @@ def test_guarded_tokens_are_read_as_characters_and_others_as_tokens(tiny, text, 
     start, end = tiny.added_tokens["<|im_start|>"], tiny.added_tokens["<|im_end|>"]
     assert ids == [start, *tiny.encode(text, allow_added=False), end]
     assert tiny.encode_guarded(role_text, mark) == tiny.encode(role_text)
+
+
+LONG = "The quick brown fox jumps over the lazy dog. " * (MIN_KEPT_TEXT // 40)
+
+
+@settings(max_examples=200)
+@given(texts=st.lists(WITH_TAGS, min_size=1, max_size=4))
+def test_pieces_that_are_kept_give_the_ids_of_the_whole_text(tiny, texts):
+    """A conversation grows: every text goes on from the one before it."""
+    fresh = Tokenizer(tiny._backend)
+    for count in range(1, len(texts) + 1):
+        text = LONG + "<|im_end|>" + "".join(texts[:count])
+        assert fresh.encode(text) == tiny.encode_batch([text])[0]
+        assert fresh.encode(text) == tiny.encode_batch([text])[0], "from what was kept"
+
+
+@pytest.mark.parametrize("between", ["e<|im_end|>\u0301", " <think> ", "\r<|im_end|>\n", "<|im_"])
+def test_nothing_joins_over_an_added_token(tiny, between):
+    text = LONG + between + "<|im_start|>" + between
+    assert tiny.encode(text) == tiny.encode_batch([text])[0]
+
+
+@pytest.mark.parametrize("rule", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_that_reach_into_the_text_beside_them_are_left_to_the_pipeline(rule):
+    backend = byte_level(
+        tokenizers.models.BPE(
+            vocab={c: i for i, c in enumerate(tokenizers.pre_tokenizers.ByteLevel.alphabet())},
+            merges=[],
+        )
+    )
+    backend.add_tokens([tokenizers.AddedToken("<a>", **{"normalized": False, rule: True})])
+    tokenizer = Tokenizer(backend)
+    for text in (LONG + " <a> b", LONG + "x<a>y", LONG + "<a>", "<a>\n\n" + LONG):
+        assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0]
+
+
+def test_what_is_kept_stays_within_bounds(tiny, monkeypatch):
+    monkeypatch.setattr("qnext.text.tokenizer.MAX_KEPT_CHARACTERS", 1000)
+    fresh = Tokenizer(tiny._backend)
+    for number in range(40):
+        text = f"{number} {LONG}<|im_end|>{number}<|im_end|>"
+        assert fresh.encode(text) == tiny.encode_batch([text])[0]
+        assert sum(map(len, fresh._kept._ids)) == fresh._kept._characters <= 1000
+    assert len(fresh._kept._ids) > 2
+
+
+def test_a_lone_surrogate_is_found_in_a_conversation_too(tiny):
+    text = f"{LONG}<|im_end|>ab\ud800"
+    with pytest.raises(TokenizerError, match=f"character {len(text) - 1} is a lone surrogate"):
+        tiny.encode(text)
 
 
 def test_overlapping_added_tokens_are_all_broken_up():

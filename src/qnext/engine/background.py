@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 
 from qnext.engine.prefix import PrefixCache, Snapshot
 from qnext.engine.request import Request, SamplingParams
-from qnext.engine.scheduler import Item, Scheduler, Sequence
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.sequence import Item, Sequence
 
 CHUNK_TOKENS = 64
 """Tokens run at a time: what a request may have to wait for."""

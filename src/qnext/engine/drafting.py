@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from qnext.engine.native_runner import NativeRunner
+from qnext.engine.ruled import choose_ruled, ruled_by
 from qnext.engine.runner import MtpWork, Runner
-from qnext.engine.sampler import SampleRow, sample
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sampler import SampleRow, choose
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
 
@@ -162,7 +163,11 @@ def draft_ahead(
     drafts: list[list[int]] = [[] for _ in reading]
     while drafting:
         rows = [row(reading[b], drafts[b]) for b in drafting]
-        for b, token in zip(drafting, sample(logits, rows, defined_ids=defined_ids), strict=True):
+        ruled = [ruled_by(reading[b].guide, drafts[b], len(drafts[b])) for b in drafting]
+        tokens, _ = choose_ruled(
+            choose, logits, rows, ruled, defined_ids=defined_ids, tie_bound=None
+        )
+        for b, token in zip(drafting, tokens, strict=True):
             drafts[b].append(token)
         drafting = [b for b in drafting if counts[b] > len(drafts[b])]
         if drafting:

@@ -32,10 +32,12 @@ from qnext.engine.masks_ahead import MasksAhead
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.prefix import PrefixCache
 from qnext.engine.request import Event, FinishReason, Request, TokenLogprobs
+from qnext.engine.ruled import Ruled, choose_ruled, mask_before, may_try, ruled_by
 from qnext.engine.runner import Runner, Work, wants_routes
 from qnext.engine.sampler import SampleRow, choose, logprobs_of
-from qnext.engine.scheduler import Item, Scheduler
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.scheduler import Scheduler
+from qnext.engine.sequence import Item
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import CacheSizes, Settings, check_counts
 from qnext.engine.speculative import MAX_DRAFTS, DraftPolicy
 from qnext.engine.telling import (
@@ -252,13 +254,13 @@ class Engine:
         """Queue a request. Raises RequestError if it could never run."""
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is already in use; choose another.")
-        limit = self.vocab_size
-        for position, token in enumerate(request.prompt_ids):
-            if not 0 <= token < limit:
-                raise RequestError(
-                    f"prompt token {position}: id {token} is outside the vocabulary "
-                    f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
-                )
+        limit, ids = self.vocab_size, request.prompt_ids
+        if ids and not 0 <= min(ids) <= max(ids) < limit:
+            position = next(i for i, token in enumerate(ids) if not 0 <= token < limit)
+            raise RequestError(
+                f"prompt token {position}: id {ids[position]} is outside the vocabulary "
+                f"(0 ... {limit - 1}). Was the prompt encoded with another tokenizer?"
+            )
         banned = [token for word in request.bad_ids for token in word]
         for token in (*request.params.logit_bias, *request.params.stop_token_ids, *banned):
             if not 0 <= token < limit:
@@ -364,6 +366,7 @@ class Engine:
             ahead.result()
         self._watch_routes(items, works)
         rows: list[SampleRow] = []
+        rules: list[Ruled | None] = []
         wanted: list[int] = []
         spans: list[tuple[int, int]] = []
         known: list[tuple[int, int]] = []
@@ -379,11 +382,13 @@ class Engine:
                 new = 1 + len(sequence.drafts)
                 for i in range(new):
                     rows.append(self._row(sequence, sequence.drafts[:i]))
+                    rules.append(ruled_by(sequence.guide, sequence.drafts, i))
                     wanted.append(last - new + i)
             spans.append((first, len(rows)))
             for twin in self.scheduler.twins(sequence) if self._samples(item) else ():
                 twins.append((sequence, twin, len(rows)))
                 rows.append(self._row(twin, ()))
+                rules.append(ruled_by(twin.guide, (), 0))
                 wanted.append(last - 1)
             at = last
         every = len(wanted) == logits.shape[0] and wanted == list(range(len(wanted)))
@@ -391,9 +396,10 @@ class Engine:
         tokens: list[int] = []
         rivals: Sequence[object] = []
         if rows:
-            tokens, rivals = self._choose(
-                chosen, rows, defined_ids=self.defined_ids, tie_bound=self.tie_bound
-            )
+            tokens, rivals = choose_ruled(
+                self._choose, chosen, rows, rules,
+                defined_ids=self.defined_ids, tie_bound=self.tie_bound,
+            )  # fmt: skip
         counts, outcomes = [], []
         for item, (first, end) in zip(items, spans, strict=True):
             if first == end:
@@ -433,15 +439,15 @@ class Engine:
 
     def _find_masks(self, items: Sequence[Item]) -> Future[None] | None:
         """Begin to find the masks of a step's rows, if they are many."""
-        guided = [item for item in items if item.sequence.guide is not None]
-        wanted = []
-        for item in guided:
-            guide = item.sequence.guide
-            assert guide is not None
-            guide.can_wait = self.masks_ahead.is_worth(len(guided))
-            if self._samples(item):
-                wanted.append((guide, tuple(item.sequence.drafts)))
-        return self.masks_ahead.begin(wanted)
+        return self.masks_ahead.begin(
+            [
+                (item.sequence.guide, tuple(item.sequence.drafts))
+                for item in items
+                if item.sequence.guide is not None
+                and not may_try(item.sequence.request.params)
+                and self._samples(item)
+            ]
+        )
 
     def _work(self, item: Item) -> Work:
         sequence = item.sequence
@@ -482,7 +488,7 @@ class Engine:
             counts=sequence.counts,
             stop_ids=stop_ids(request),
             bad_words=request.bad_ids,
-            mask=sequence.guide.mask(drafts) if sequence.guide else None,
+            mask=mask_before(sequence.guide, drafts, request.params),
         )
         if drafts and (request.params.presence_penalty or request.params.frequency_penalty
                        or request.params.repetition_penalty != 1.0):  # fmt: skip

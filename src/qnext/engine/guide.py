@@ -3,6 +3,7 @@
 A guide walks along one answer. Before every choice it knows the tokens that may follow: a grammar
 where one rules, tags of the format where they are due, everything elsewhere. A row behind drafts
 asks for the mask behind those drafts; what was looked up ahead is undone if the drafts do not stay.
+Whether one token may follow is said far quicker than which tokens may.
 
 Tokens are forced where nothing is left to choose: the text that ends the reasoning when its budget
 is used up, and a token that is the only one a mask allows.
@@ -33,8 +34,16 @@ class Matcher(Protocol):
     def consume(self, token: int) -> bool: ...
     def rollback(self, count: int) -> None: ...
 
+    def accepts(self, token: int) -> bool:
+        """Whether a token may follow, where it is no end token and none is forced."""
+        ...
+
     def may_be_forced(self) -> bool:
         """Whether it could be that one token only may follow: quickly said, never wrongly no."""
+        ...
+
+    def certain(self) -> tuple[int, ...]:
+        """Tokens that follow for certain, as far as that is quickly said."""
         ...
 
 
@@ -89,6 +98,12 @@ class Frame:
     mask: np.ndarray | None = None
     has_mask: bool = False
     """Whether ``mask`` is known; it may be known to be None."""
+    is_settled: bool = False
+    """Whether there is a choice is known: from the mask, or from one of the following."""
+    is_open: bool = False
+    """Whether a grammar rules here, and more than one token may follow."""
+    certain: tuple[int, ...] = ()
+    """Tokens that follow without a choice."""
 
 
 @dataclass(eq=False)
@@ -100,8 +115,6 @@ class Guide:
     """Why its grammar cannot go on."""
     was_cut: bool = False
     """Whether the reasoning has used up its budget."""
-    can_wait: bool = False
-    """Whether the next mask is found while the next step runs, if it need not be known before."""
     _frames: list[Frame] = field(default_factory=list)
     """The newest committed place, then those behind drafts."""
 
@@ -114,6 +127,7 @@ class Guide:
         _set(full, self.rules.control_ids, False)
         _set(full, self.rules.end_ids, True)
         self._text_only = full
+        self._special = frozenset((*self.rules.control_ids, *self.rules.end_ids))
 
     @property
     def state(self) -> State:
@@ -128,7 +142,8 @@ class Guide:
     @property
     def has_no_choice(self) -> bool:
         """Whether one token only may follow."""
-        return _only(self.mask()) is not None
+        frame = self._settled(())
+        return not frame.is_open and self._only(frame) is not None
 
     @property
     def is_due(self) -> bool:
@@ -142,12 +157,28 @@ class Guide:
         """
         return self._mask(self._at(drafts))
 
+    def can_try(self, drafts: Sequence[int] = ()) -> bool:
+        """Whether ``allows`` is quicker here than ``mask``."""
+        frame = self._settled(drafts)
+        return frame.is_open and not frame.has_mask
+
+    def allows(self, token: int, drafts: Sequence[int] = ()) -> bool:
+        """Whether a token may follow the answer and these drafts: a bit of their mask."""
+        frame = self._settled(drafts)
+        if frame.is_open and not frame.has_mask and token not in self._special:
+            matcher = self._ruling(frame)
+            self._shorten(len(drafts) + 1)
+            if matcher is not None and matcher.accepts(token):
+                return True
+            # Around a grammar's text the format may allow it.
+        mask = self._mask(frame)
+        return mask is None or _has(mask, token)
+
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""
         for count, token in enumerate(drafts):
             frame = self._at(drafts[:count])
-            mask = self._mask(frame)
-            if self._is_due(frame) or frame.is_done or (mask is not None and not _has(mask, token)):
+            if self._is_due(frame) or frame.is_done or not self.allows(token, drafts[:count]):
                 return count
         return len(drafts)
 
@@ -165,10 +196,9 @@ class Guide:
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
                 some, self.was_cut = self.rules.stop_thinking, True
-            elif self._is_free():
-                break
             else:
-                one = _only(self.mask())
+                frame = self._settled(())
+                one = None if frame.is_open else self._only(frame)
                 some = () if one is None else (one,)
             for token in some:
                 self.commit(token)
@@ -176,14 +206,6 @@ class Guide:
             if not some or found[-1] in stops:
                 break
         return found[:room]
-
-    def _is_free(self) -> bool:
-        """Whether it is sure, without a mask, that there is a choice; asked if that can wait."""
-        frame = self._frames[0]
-        if not self.can_wait or frame.has_mask:
-            return False
-        matcher = self._ruling(frame)
-        return matcher is not None and not matcher.may_be_forced()
 
     # -- the way ---------------------------------------------------------------------------------
 
@@ -207,9 +229,12 @@ class Guide:
 
     def _push(self, token: int) -> None:
         before, rules = self._frames[-1], self.rules
-        self._mask(before)  # the grammars move on below
+        if not before.is_settled:
+            self._settle(before)  # the grammars move on below
         state = rules.regions.next(before.state, token)
         frame = Frame(state, token)
+        if len(before.certain) > 1 and before.certain[0] == token:
+            frame.certain, frame.is_settled = before.certain[1:], True
         matcher = self._ruling(before)
         frame.call = before.call
         if rules.is_closed and token in rules.end_ids and before.state.region == "content":
@@ -250,10 +275,41 @@ class Guide:
         state = frame.state
         return budget is not None and state.region == "reasoning" and state.thought >= budget
 
+    # -- choices ---------------------------------------------------------------------------------
+
+    def _settled(self, drafts: Sequence[int]) -> Frame:
+        frame = self._at(drafts)
+        if not frame.is_settled:
+            self._settle(frame)
+        return frame
+
+    def _settle(self, frame: Frame) -> None:
+        """Learn whether there is a choice, without a mask if that can be; the place is the newest.
+
+        Behind it the grammars move on.
+        """
+        matcher = self._ruling(frame)
+        if matcher is not None and not matcher.may_be_forced():
+            frame.is_open = True
+        else:
+            state = frame.state
+            if matcher is not None and (state.region == "tool" or _is_under_way(state)):
+                frame.certain = matcher.certain()
+            if not frame.certain:
+                self._mask(frame)
+        frame.is_settled = True
+
+    def _only(self, frame: Frame) -> int | None:
+        """The token that follows a place without a choice."""
+        return frame.certain[0] if frame.certain else _only(self._mask(frame))
+
     # -- masks -----------------------------------------------------------------------------------
 
     def _mask(self, frame: Frame) -> np.ndarray | None:
         if not frame.has_mask:
+            # Of the newest place, as a rule: behind it the grammars have moved on.
+            if frame is not self._frames[-1]:
+                self._shorten(next(i for i, one in enumerate(self._frames, 1) if one is frame))
             frame.mask, frame.has_mask = self._find_mask(frame), True
         return frame.mask
 
@@ -275,6 +331,8 @@ class Guide:
                 _set(words, rules.end_ids, False)
                 _set(words, [closing] if may_end else [], True)
             return words
+        if matcher is not None and _is_under_way(state):
+            return self._filled(matcher)
         extra = [token for token, n in regions.newlines.items() if n <= (state.lead or 0)]
         thinks = regions.think[0].id
         if thinks is not None and regions.may_think and not state.begun:
@@ -319,6 +377,11 @@ class Guide:
             _set(words, tokens, True)
             self._fixed[key] = words
         return self._fixed[key]
+
+
+def _is_under_way(state: State) -> bool:
+    """Whether nothing of the format may stand here, only the answer's own text."""
+    return state.region == "content" and state.said and state.lead is None
 
 
 def _has(words: np.ndarray, token: int) -> bool:

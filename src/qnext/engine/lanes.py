@@ -17,7 +17,7 @@ from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
 from qnext.engine.scheduler import Scheduler
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.speculative import DraftPolicy
 
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")

@@ -1,9 +1,10 @@
 """Masks of a step, found on a thread of their own while the model's forward runs.
 
-What a mask depends on is known before the forward: the answer so far, and the drafts behind it. The
-kernels and the library that walks through grammars both work without the interpreter, so the two go
-on side by side where there is a second core. Handing work to another thread takes about as long as
-a mask or two, so few of them are found in the step itself.
+Most choices need no mask (``ruled.py``); those behind a filter do. What it depends on is known
+before the forward: the answer so far, and the drafts behind it. The kernels and the library that
+walks through grammars both work without the interpreter, so the two go on side by side where there
+is a second core. Handing work to another thread takes about as long as a mask or two, so few of
+them are found in the step itself.
 """
 
 import os

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qnext.engine.native_sampler import chooser_of
 from qnext.engine.runner import MtpWork, Runner, Work, wants_routes
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sequence import Sequence as Running
 from qnext.engine.telling import stop_ids
 from qnext.model.native import DeferredCache, NativeModel, Piece
 

@@ -39,6 +39,8 @@ class Snapshot:
     used_at: float = 0.0
     floor: float = 0.0
     """Worth of the last victim when this one was last used: its worth counts from there."""
+    awaited: int = 0
+    """Waiting requests that would start from it now; they keep it from growing old."""
     pinned: int = 0
     """Requests that are about to load it; it is not evicted meanwhile."""
 
@@ -75,6 +77,8 @@ class Match:
     """The token that an earlier prompt had where they part; None where it ended."""
     lost: tuple[int, str, float] | None = None
     """(length, why, when it went) of the deepest one that would be better and had to go."""
+    ways: int = 1
+    """How many continuations of the known part were seen."""
 
 
 class PrefixCache:
@@ -106,6 +110,9 @@ class PrefixCache:
         """Worth of the last victim: what is not used falls behind it with time."""
         self.on_evict: Callable[[Snapshot], None] | None = None
         """Called with a snapshot that is about to go for lack of room."""
+        self.awaiting: Callable[[Sequence[int]], int] = lambda ids: 0
+        """How many waiting requests begin with some tokens and go on; they are told of by
+        ``expect`` as well."""
         self.version = 0
         """Changes whenever a lookup may find something else than before."""
 
@@ -122,13 +129,14 @@ class PrefixCache:
         node, at, best = self.root, 0, None
         lost: tuple[int, str, float] | None = None
         expected: int | None = None
-        limit = len(ids) - 1
+        limit, ways = len(ids) - 1, 1
         while at < len(ids):
             child = node.children.get(ids[at])
             if child is None:
                 others = node.children.values()
                 last = max(others, key=lambda other: other.used_at, default=None)
                 expected = last.tokens[0] if last else None
+                ways = max(len(others), 1)
                 break
             shared = _common(child.tokens, ids, at)
             for length, (why, when) in child.lost.items():
@@ -146,7 +154,7 @@ class PrefixCache:
                 break
         if lost is not None and best is not None and lost[0] <= best.length:
             lost = None
-        return Match(known=at, snapshot=best, expected=expected, lost=lost)
+        return Match(known=at, snapshot=best, expected=expected, lost=lost, ways=ways)
 
     def age(self, since: float) -> float:
         """Seconds from a time that this cache has noted until now."""
@@ -168,7 +176,29 @@ class PrefixCache:
             node = node.parent
         return tuple(token for edge in reversed(edges) for token in edge)[: snapshot.length]
 
+    def expect(self, ids: Sequence[int], count: int) -> None:
+        """So many requests more, or fewer if negative, wait with the prompt ``ids``."""
+        node, at, deepest = self.root, 0, None
+        while at < len(ids):
+            child = node.children.get(ids[at])
+            if child is None:
+                break
+            at += _common(child.tokens, ids, at)
+            usable = [length for length in child.snapshots if length <= at and length < len(ids)]
+            if usable:
+                deepest = child.snapshots[max(usable)]
+            if at < child.end:
+                break
+            node = child
+        if deepest is not None:
+            deepest.awaited += count
+
     # -- growth ----------------------------------------------------------------------------------
+
+    def learn(self, ids: Sequence[int]) -> None:
+        """Remember the tokens of a prompt that begins to run."""
+        self._grow(tuple(ids))
+        self._forget_ghosts()
 
     def holds(self, ids: Sequence[int]) -> bool:
         """Whether there is a snapshot at exactly these tokens."""
@@ -212,16 +242,25 @@ class PrefixCache:
         """
         node = self._grow(tuple(ids))
         assert len(ids) not in node.snapshots, len(ids)
-        self._replace_close(node, len(ids))
         now = self._clock()
         self.pool.share(pages)
         snapshot = Snapshot(
             length=len(ids), slot=slot, pages=list(pages), mtp_first=mtp_first, why=why,
-            born=now, node=node, used_at=now, floor=self._floor,
+            born=now, node=node, used_at=now,
         )  # fmt: skip
+        # Who waits would start from the deepest one: those further on have theirs already.
+        below = [node, *self._nodes(node)]
+        snapshot.awaited = self.awaiting(ids) - sum(
+            one.awaited for each in below for n, one in each.snapshots.items() if n > len(ids)
+        )
         node.snapshots[len(ids)] = snapshot
+        above = self._above(snapshot)
+        if above is not None:
+            above.awaited -= snapshot.awaited
         node.lost.pop(len(ids), None)
         self._snapshots.append(snapshot)
+        self._replace_close(node, len(ids))
+        snapshot.floor = self._floor
         self.version += 1
         self._forget_ghosts()
         return snapshot
@@ -259,6 +298,9 @@ class PrefixCache:
 
     def _drop(self, snapshot: Snapshot) -> None:
         self.version += 1
+        above = self._above(snapshot)
+        if above is not None:
+            above.awaited += snapshot.awaited
         self._snapshots.remove(snapshot)
         del snapshot.node.snapshots[snapshot.length]
         self.pool.give_back(snapshot.pages)
@@ -280,19 +322,26 @@ class PrefixCache:
         compute again; when one that shares its pages goes, more bytes are its own.
         """
         likely = likelihood(snapshot.why, snapshot.uses, self._clock() - snapshot.used_at)
+        likely += snapshot.awaited
+        floor = self._floor if snapshot.awaited else snapshot.floor
         seconds = self._prefill.seconds(self._before(snapshot), snapshot.length)
         held = self._state_bytes + self._page_bytes * self.pool.exclusive(snapshot.pages)
-        return snapshot.floor + likely * seconds / held
+        return floor + likely * seconds / held
 
     def _before(self, snapshot: Snapshot) -> int:
         """Length of the nearest snapshot on its path that is shorter; 0 if there is none."""
+        above = self._above(snapshot)
+        return above.length if above else 0
+
+    def _above(self, snapshot: Snapshot) -> Snapshot | None:
+        """The nearest snapshot on its path that is shorter."""
         node: Node | None = snapshot.node
         while node is not None:
             shorter = [length for length in node.snapshots if length < snapshot.length]
             if shorter:
-                return max(shorter)
+                return node.snapshots[max(shorter)]
             node = node.parent
-        return 0
+        return None
 
     def _evict_one(self, *, frees_pages: bool = False) -> bool:
         loose = [snapshot for snapshot in self._snapshots if not snapshot.pinned]
@@ -304,13 +353,17 @@ class PrefixCache:
         return True
 
     def _replace_close(self, node: Node, length: int) -> None:
-        """Drop snapshots of chance that lie just before a new one, where no other path parts."""
+        """Drop snapshots of chance that lie just before a new one, where no other path parts.
+
+        Those stay from which somebody who waits would start.
+        """
         step: Node | None = node
         while step is not None and step.end > length - CLOSE_TOKENS:
             if step is not node and len(step.children) > 1:
                 return
             for near, snapshot in list(step.snapshots.items()):
                 by_chance = snapshot.why in ("end", "interval", "branch", "parked")
+                by_chance = by_chance and not snapshot.awaited
                 if length - CLOSE_TOKENS < near < length and by_chance and not snapshot.pinned:
                     self.evict(snapshot, replaced=True)
             step = step.parent

@@ -5,7 +5,7 @@ request. The names of the parameters are those vLLM uses.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qnext.engine.explain import CacheReport
@@ -268,3 +268,15 @@ class Event:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """For the prompt's tokens from the second on; only in the last event before the answer."""
+
+    @classmethod
+    def joined(cls, events: "Sequence[Event]") -> "Event":
+        """What several steps, in order, added to one request."""
+        if len(events) == 1:
+            return events[0]
+        return replace(
+            events[-1],
+            token_ids=[token for one in events for token in one.token_ids],
+            logprobs=tuple([token for one in events for token in one.logprobs]),
+            prompt_logprobs=tuple([token for one in events for token in one.prompt_logprobs]),
+        )

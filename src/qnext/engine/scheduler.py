@@ -4,7 +4,8 @@ One step has a budget of rows. Every sequence that decodes gets one; prompts sha
 first, at least ``PREFILL_ROWS`` while one waits; drafts take what remains. Requests are admitted by
 priority and arrival when a slot and the pages of their prompt are there. A request that later ones
 overtake rises: after ``MAX_OVERTAKINGS`` of them it comes before every class, and keeps that place
-until it ends, so no stream of urgent requests holds it up for ever. When pages run out, cached
+until it ends, so no stream of urgent requests holds it up for ever. One whose prompt begins like
+one that is being run waits until that has saved a state where they part. When pages run out, cached
 prefixes go first, then the youngest sequence of the lowest class is *parked*: its state becomes a
 snapshot, and it comes back like any prompt that finds one. The oldest of the highest class is never
 parked, and a request that could not run alone is refused, so everything admitted ends.
@@ -12,17 +13,22 @@ parked, and a request that could not run alone is refused, so everything admitte
 No torch here: tensors are moved by the ``slots`` object (the runner).
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from qnext.engine.blocks import PagePool
 from qnext.engine.explain import CacheLog, CacheReport, Found, Used, explain
-from qnext.engine.guide import Guide
+from qnext.engine.foresight import (
+    MAX_POINTS,
+    MIN_SHARED,
+    Foresight,
+    common,
+    deepest_common,
+    points,
+)
 from qnext.engine.prefix import CLOSE_TOKENS, Match, PrefixCache, Snapshot
-from qnext.engine.request import FinishReason, Request, TokenLogprobs
+from qnext.engine.request import Request
+from qnext.engine.sequence import Item, Origin, Sequence
 from qnext.engine.tier import Fetched
 from qnext.errors import RequestError
 
@@ -32,10 +38,6 @@ SCORED_ROWS = 256
 """Rows of a step whose logits are all wanted: a row is a whole vocabulary."""
 MAX_BYPASS = 8
 """How often a request that does not fit may be overtaken."""
-CLASS_OVERTAKINGS = 8
-"""After so many overtakings a request counts as one class higher."""
-MAX_OVERTAKINGS = 64
-"""After so many it comes before every class."""
 MAX_SNAPSHOTS = 4
 """Snapshots a single prompt may plant."""
 MIN_RUN_TOKENS = 64
@@ -50,132 +52,6 @@ class SlotOps(Protocol):
     def close(self, slot: int) -> None: ...
     def copy_slot(self, source: int, target: int) -> None: ...
     def copy_page(self, source: int, target: int) -> None: ...
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class Sequence:
-    """A request inside the engine: its tokens, where they are, and what it holds."""
-
-    request: Request
-    seed: int
-    max_tokens: int
-    arrival: int
-    slot: int | None = None
-    """Its place in the cache while it runs."""
-    pages: list[int] = field(default_factory=list)
-    output_ids: list[int] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)
-    """How often each token was generated."""
-    done: int = 0
-    """Tokens whose keys, values and state are in the cache."""
-    mtp_len: int = 1
-    """Next position the MTP layer has not read."""
-    mtp_first: int = 1
-    """First position whose MTP keys and values exist."""
-    drafts: list[int] = field(default_factory=list)
-    """Proposed tokens after the newest one."""
-    report: CacheReport | None = None
-    """What of the prompt was reused; None before the first admission."""
-    drafted: int = 0
-    accepted: int = 0
-    near_ties: int = 0
-    plants: list[tuple[int, str]] = field(default_factory=list)
-    """(length, why) of snapshots still to be taken while its prompt runs."""
-    ran: int = 0
-    """Tokens run since it was last admitted."""
-    bypassed: int = 0
-    """How often others were admitted out of turn, since it last ran."""
-    overtaken: int = 0
-    """How often others that came later were served while it got nothing, ever."""
-    found: tuple[int, int, Match] | None = None
-    """The last lookup: version of the prefix cache, length, and what was found."""
-    parked: int = 0
-    """How often it was parked."""
-    fetched: Fetched | None = None
-    """What a look at the disk for its prompt has come to; None before there was one."""
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    lane: Any = None
-    """What the native step of decoding knows of it, while it has a slot."""
-    lane_pages: int = 0
-    """Pages the lane knows of."""
-    guide: Guide | None = None
-    """What its rules allow next; None for a request without rules."""
-    told: int = 0
-    """Tokens of the output that events have told of."""
-    lead: int = 0
-    """Tokens of the output that were forced before anything was sampled."""
-    forced: int = 0
-    """Tokens of the output that were not sampled."""
-    ends: FinishReason | None = None
-    """Why it ends with the last token of its output, once that has been told."""
-    untold: list[TokenLogprobs] = field(default_factory=list)
-    """Log-probabilities of tokens not told of yet."""
-    lead_logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and output together."""
-        return len(self.request.prompt_ids) + len(self.output_ids)
-
-    @property
-    def settled(self) -> int:
-        """Tokens behind which it may go on: what follows is forced, and not told of yet."""
-        return len(self.request.prompt_ids) + self.told
-
-    @property
-    def family(self) -> tuple[object, ...] | None:
-        """What it shares with requests that can go on from its prompt; None once it answers."""
-        request = self.request
-        has_begun = len(self.output_ids) > self.lead
-        if not request.group or has_begun or request.score_only:
-            return None
-        return (request.group, request.prompt_ids, request.params.prompt_logprobs)
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are still to be computed."""
-        request = self.request
-        wants = request.score_only or request.params.prompt_logprobs is not None
-        return wants and len(self.prompt_logprobs) < len(request.prompt_ids) - 1
-
-    @property
-    def rank(self) -> float:
-        """Its class, smaller first; whoever is overtaken rises, and at last above all."""
-        if self.overtaken >= MAX_OVERTAKINGS:
-            return -math.inf
-        return self.request.priority - self.overtaken // CLASS_OVERTAKINGS
-
-    @property
-    def order(self) -> tuple[float, int]:
-        """Smaller is served first."""
-        return (self.rank, self.arrival)
-
-    def tokens(self, start: int, end: int) -> list[int]:
-        """Token ids at positions start ... end - 1 of prompt and output."""
-        prompt, split = self.request.prompt_ids, len(self.request.prompt_ids)
-        if start >= split:
-            return self.output_ids[start - split : end - split]
-        return [*prompt[start:end], *self.output_ids[: max(end - split, 0)]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a sequence can start: a snapshot, or another one that runs the same prompt."""
-
-    length: int
-    slot: int
-    pages: list[int]
-    mtp_first: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """What one sequence does in a step: so many tokens from ``done`` on, drafts included."""
-
-    sequence: Sequence
-    count: int
-    captures: tuple[tuple[int, str, int], ...] = ()
-    """(length, why, slot) of snapshots to take on the way."""
 
 
 class Scheduler:
@@ -216,6 +92,9 @@ class Scheduler:
         """Brings a snapshot of these tokens into the prefix cache, if the disk has a deeper one."""
         self.log = CacheLog()
         self.waiting: list[Sequence] = []
+        self.foresight = Foresight()
+        """The prompts of those who wait."""
+        prefix.awaiting = self.foresight.sharing
         self.running: list[Sequence] = []
         self.parkings = 0
         self._arrivals = 0
@@ -256,13 +135,24 @@ class Scheduler:
                 f"budget holds {self.pool.num_pages} ({held} tokens for one request). Lower "
                 "max_tokens or raise the memory budget."
             )
-        self.waiting.append(sequence)
+        self._queue(sequence)
+        self._ask_ahead(sequence)
         return sequence
+
+    def _queue(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self.foresight.add(sequence.request.prompt_ids)
+        self.prefix.expect(sequence.request.prompt_ids, 1)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.foresight.remove(sequence.request.prompt_ids)
+        self.prefix.expect(sequence.request.prompt_ids, -1)
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds, wherever it is."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
+            self._unqueue(sequence)
         else:
             self.running.remove(sequence)
             self._drop(sequence)
@@ -277,9 +167,9 @@ class Scheduler:
         """Give memory to a sequence that is in no queue, while nobody else has any; or False."""
         assert not self.waiting, "requests come first"
         assert not self.running, "requests come first"
-        self.waiting.append(sequence)
+        self._queue(sequence)
         if not self._try_admit(sequence, self.pool.free + self.prefix.evictable()):
-            self.waiting.remove(sequence)
+            self._unqueue(sequence)
             return False
         self.running.remove(sequence)
         return True
@@ -377,6 +267,9 @@ class Scheduler:
                 break
             if any(one.bypassed >= MAX_BYPASS for one in blocked):
                 break
+            if self._awaits_state(sequence):
+                blocked.append(sequence)
+                continue
             if reachable is None:
                 reachable = self.pool.free + self.prefix.evictable()
             is_new = sequence.report is None
@@ -420,6 +313,8 @@ class Scheduler:
                 or not self.prefix.make_room(wanted)
             ):
                 return False
+            # What was learned since the last lookup changes no snapshot, but what is known.
+            match = self.prefix.match(sequence.tokens(0, sequence.settled))
             if sequence.report is None:
                 sequence.report = self._explain(sequence, match, snapshot)
             self._start(sequence, snapshot, need)
@@ -428,7 +323,10 @@ class Scheduler:
                 snapshot.pinned -= 1
         if snapshot is not None:
             self.prefix.use(snapshot)
-        sequence.plants = self._plants(sequence, 0 if sequence.scores_prompt else match.known)
+        sequence.plants = self._plants(sequence, match)
+        if self._leaves_states(sequence):
+            # Those who come while it runs are to see that their prompts begin alike.
+            self.prefix.learn(sequence.request.prompt_ids)
         return True
 
     def _explain(self, sequence: Sequence, match: Match, snapshot: Snapshot | None) -> CacheReport:
@@ -485,7 +383,7 @@ class Scheduler:
             sequence.done = sequence.mtp_len = snapshot.length
             sequence.mtp_first = snapshot.mtp_first
         sequence.ran, sequence.found = 0, None
-        self.waiting.remove(sequence)
+        self._unqueue(sequence)
         self.running.append(sequence)
 
     # -- several answers to one prompt -----------------------------------------------------------
@@ -518,17 +416,19 @@ class Scheduler:
         self._age(self.waiting, [sequence])
         return True
 
-    def _plants(self, sequence: Sequence, known: int) -> list[tuple[int, str]]:
-        """Where this prompt should leave snapshots, the most useful first, in order of length.
+    # -- where states are saved --------------------------------------------------------------------
 
-        A text that is only scored leaves none: nothing goes on from it.
-        """
+    def _plants(self, sequence: Sequence, match: Match) -> list[tuple[int, str]]:
+        """Where this prompt should leave snapshots, the most useful first, in order of length."""
         prompt = len(sequence.request.prompt_ids)
-        if not self.prefix.num_slots or sequence.request.score_only:
+        if not self._leaves_states(sequence):
             return []
         wanted = [(n, why) for n, why in sequence.request.hints if 0 < n <= prompt]
-        branch = min(known, prompt - 1)
-        if branch - sequence.done >= CLOSE_TOKENS:
+        # One that was parked is known by what it ran itself.
+        is_new = not (sequence.scores_prompt or sequence.parked)
+        branch = min(match.known, prompt - 1) if is_new else 0
+        saved = branch - sequence.done
+        if saved >= min(MIN_SHARED, CLOSE_TOKENS) and saved * match.ways >= CLOSE_TOKENS:
             wanted.append((branch, "branch"))
         if not sequence.request.hints:
             wanted.append((prompt, "stable"))
@@ -536,11 +436,64 @@ class Scheduler:
         for length, why in wanted:
             if length > sequence.done and len(chosen) < MAX_SNAPSHOTS:
                 chosen.setdefault(length, why)
+        partings = self.foresight.partings(sequence.request.prompt_ids)
+        twins = len(self.twins(sequence))
+        if twins:  # they go on from its end without a snapshot
+            partings[prompt - 1] -= twins
+        planned = list(chosen)
+        for length in points(partings, start=sequence.done, planned=planned, least=CLOSE_TOKENS):
+            chosen.setdefault(length, "queue")
         if self.interval:
             for length in range(self.interval, prompt + 1, self.interval):
                 if length > sequence.done:
                     chosen.setdefault(length, "interval")
         return sorted(chosen.items())
+
+    def _ask_ahead(self, sequence: Sequence) -> None:
+        """Have a prompt that is being run leave a snapshot where a new one parts from it."""
+        ids, deepest, source = sequence.request.prompt_ids, 0, None
+        for one in self.running:
+            theirs = one.request.prompt_ids
+            if one.done < len(theirs) and self._leaves_states(one):
+                shared = min(common(theirs, ids, 0, len(ids)), len(ids) - 1)
+                if shared > max(deepest, one.done):
+                    deepest, source = shared, one
+        if source is None or not self._starts_from_states(sequence):
+            return
+        if source.family is not None and source.family == sequence.family:
+            return
+        there = [length for length, _ in source.plants if length <= deepest]
+        if deepest - max([self._start_of(sequence), *there]) < CLOSE_TOKENS:
+            return
+        if sum(why == "queue" for _, why in source.plants) < MAX_POINTS:
+            source.plants = sorted([*source.plants, (deepest, "queue")])
+
+    def _awaits_state(self, sequence: Sequence) -> bool:
+        """Whether a state is about to be saved that would spare a request much of its prompt.
+
+        Only of prompts that come before it anyway: so it never waits for whom it has overtaken.
+        """
+        due = 0
+        if self._starts_from_states(sequence):
+            for one in self.running:
+                if one.plants and one.order < sequence.order:
+                    lengths = [length for length, _ in one.plants if length > one.done]
+                    ids = sequence.request.prompt_ids
+                    due = max(due, deepest_common(ids, one.request.prompt_ids, lengths))
+        return due >= CLOSE_TOKENS and due - self._start_of(sequence) >= CLOSE_TOKENS
+
+    def _leaves_states(self, sequence: Sequence) -> bool:
+        """Whether others can start from a prompt; nothing goes on from a text to score."""
+        return bool(self.prefix.num_slots) and not sequence.request.score_only
+
+    def _starts_from_states(self, sequence: Sequence) -> bool:
+        """Whether a request can start from a state that another has left."""
+        return bool(self.prefix.num_slots) and not sequence.scores_prompt
+
+    def _start_of(self, sequence: Sequence) -> int:
+        """Where it would start if it started now."""
+        snapshot = self._match(sequence).snapshot
+        return snapshot.length if snapshot else 0
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -590,7 +543,7 @@ class Scheduler:
         sequence.done = 0
         sequence.parked += 1
         self.parkings += 1
-        self.waiting.append(sequence)
+        self._queue(sequence)
 
     def plant_here(self, sequence: Sequence, why: str) -> None:
         """Take a snapshot of a running sequence where it is."""

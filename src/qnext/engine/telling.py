@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from qnext.engine.request import EndedBy, Event, FinishReason, Request, TokenLogprobs, Usage
-from qnext.engine.scheduler import Sequence as Running
+from qnext.engine.sequence import Sequence as Running
 
 LogprobsOf = Callable[[Tensor, Sequence[int], Sequence[int]], list[TokenLogprobs]]
 """Of logits [R, V], one token of each row and so many of the best."""

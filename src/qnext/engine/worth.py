@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 PRIORS = {
-    "fork": 1.5, "system": 1.0, "parked": 0.9, "stable": 0.8, "branch": 0.6, "loop": 0.5,
-    "end": 0.4, "interval": 0.2,
+    "fork": 1.5, "system": 1.0, "parked": 0.9, "stable": 0.8, "branch": 0.6, "queue": 0.6,
+    "loop": 0.5, "end": 0.4, "interval": 0.2,
 }  # fmt: skip
 """How likely a fresh snapshot is thought to be used, by the reason it was taken."""
 HALF_LIFE_S = 1800.0

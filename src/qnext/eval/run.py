@@ -39,7 +39,7 @@ class Options:
     held_out: Path | None = None
     """Folder of held-out text, as ``qnext data prepare`` writes it."""
     trained_length: int | None = None
-    """Longest text of the training; by default the model's limit without YaRN."""
+    """Longest text of the training; by default the model's limit, or what it was before YaRN."""
     needles_per_cell: int = 2
     threads: int | None = None
     backend: str = "auto"
@@ -133,8 +133,13 @@ def _graded(llm: LLM, groups: Any) -> dict[str, Any]:
 
 
 def _needles(llm: LLM, options: Options) -> dict[str, Any]:
-    """The grid at and below the trained length, and at four times it with YaRN."""
-    longest = options.trained_length or llm.config.max_position_embeddings
+    """The grid at and below the trained length, and at four times it with YaRN.
+
+    A model that has YaRN in its settings has it at every length.
+    """
+    config = llm.config
+    limit = config.rope.original_max_position_embeddings or config.max_position_embeddings
+    longest = options.trained_length or limit
     lengths = [n for n in (256, 512, 1024, 2048, 4096, 8192) if n < longest] + [longest]
     count = options.needles_per_cell
     found = {
@@ -148,9 +153,7 @@ def _needles(llm: LLM, options: Options) -> dict[str, Any]:
             extended, threads=options.threads, backend=options.backend, prefix_cache=False
         ) as longer:
             found["yarn_factor"] = YARN_FACTOR
-            found["yarn"] = question_tasks.needle_grid(
-                longer, [YARN_FACTOR * longest], max(1, count // 2)
-            )
+            found["yarn"] = question_tasks.needle_grid(longer, [YARN_FACTOR * longest], count)
     return found
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qnext.ops.contracts import Impl
 
@@ -23,13 +22,16 @@ def elementwise_invariant(*, function: Callable[[Tensor], Tensor], x: Tensor) ->
 
     The library computes most of a tensor with vector instructions and the rest one by one, with
     another exponential; which numbers are the rest depends on the tensor's size and strides. Padded
-    blocks have no rest.
+    blocks have no rest, and neither has a small tensor that is one already.
     """
-    flat = x.reshape(-1)
-    padded = F.pad(flat, (0, -flat.shape[0] % LANES)).contiguous()
-    blocks = [function(block) for block in padded.split(STEADY_BLOCK)]
-    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    return whole[: flat.shape[0]].view(x.shape)
+    if x.numel() <= STEADY_BLOCK and not x.numel() % LANES and x.is_contiguous():
+        return function(x)
+    padded = torch.constant_pad_nd(x.reshape(-1), (0, -x.numel() % LANES))
+    if padded.shape[0] <= STEADY_BLOCK:
+        whole = function(padded)
+    else:
+        whole = torch.cat([function(block) for block in padded.split(STEADY_BLOCK)])
+    return whole[: x.numel()].view(x.shape)
 
 
 IMPLS = {

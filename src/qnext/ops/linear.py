@@ -21,10 +21,15 @@ def linear_invariant(*, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     The library chooses its algorithm by the number of rows, and for few rows sums in another
     order. From ``ROW_BLOCK`` rows on it does not; the padding rows are cut off again.
     """
-    rows = x.flatten(0, -2)
+    # The inner form of pad, and views: around small products, time goes into such calls.
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
     missing = -rows.shape[0] % ROW_BLOCK
-    padded = F.pad(rows, (0, 0, 0, missing))
-    return F.linear(padded, weight, bias)[: rows.shape[0]].unflatten(0, x.shape[:-1])
+    if not missing:
+        out = F.linear(rows.contiguous(), weight, bias)
+    else:
+        out = F.linear(torch.constant_pad_nd(rows, (0, 0, 0, missing)), weight, bias)
+        out = out[: rows.shape[0]]
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 def only_some_dtypes(spec: OpSpec) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from qnext.answers import Delta, TextReader
 from qnext.engine.background import BackgroundCounts
-from qnext.engine.request import Request
+from qnext.engine.request import Event, Request
 from qnext.errors import QnextError, RequestError
 from qnext.llm import LLM
 
@@ -26,7 +26,8 @@ HAND_OVER_S = 1 / 30
 """What an answer adds is handed to the event loop no more often: of quick steps, several at once.
 
 Its first token and its last do not wait; thirty pieces a second look like a flow. A hand-over costs
-a third of a millisecond of the loop's time, in part of which the engine's thread has to wait.
+a third of a millisecond of the loop's time, in part of which the engine's thread has to wait. What
+is handed over together is also made text together: once, not step by step.
 """
 
 
@@ -188,6 +189,8 @@ class Worker:
         """Requests accepted and not ended; guarded by the mutex, as is the next."""
         self._usual_s = 1.0
         """How long a request took lately, on average."""
+        self._unread: dict[str, list[Event]] = {}
+        """What requests have produced and nobody has made text of yet, by id."""
         self._pending: dict[Job, list[Item]] = {}
         """What the event loops have not been given yet."""
         self._handed_over = 0.0
@@ -275,6 +278,7 @@ class Worker:
         finally:
             # Also after an exception, which the thread then reports: nobody must wait for ever.
             self._stopped.set()
+            self._read_all()
             self._deliver(self._pending)
             self._deliver({job: [EngineStopped("the server stopped.")] for job in self._left()})
             self._jobs.clear()
@@ -323,6 +327,7 @@ class Worker:
     def _drop(self, job: Job, why: str) -> None:
         for request, _ in job.pairs:
             if self._jobs.pop(request.id, None) is not None:
+                self._unread.pop(request.id, None)
                 self._llm.engine.cancel(request.id)
                 self._forget(why)
 
@@ -337,26 +342,28 @@ class Worker:
             found = self._jobs.get(event.request_id)
             if found is None:
                 continue  # cancelled while it ran
-            job, index, reader = found
+            job, _, reader = found
             self.generated += len(event.token_ids)
-            delta = reader.push(event)
-            if reader.stopped:
-                self._llm.engine.cancel(event.request_id, "stop")
-            if delta is None:
-                continue
-            self._pending.setdefault(job, []).append((index, delta))
-            if not job._has_begun or delta.finish_reason is not None:
-                job._has_begun = bool(delta.parts)  # a think tag, say, is nothing to be seen yet
-                urgent[job] = self._pending[job]
-            if delta.finish_reason is not None:
-                self._llm.ended(reader, delta.finish_reason)
-                del self._jobs[event.request_id]
-                self._forget(delta.finish_reason)
-                self._usual_s += 0.1 * (time.monotonic() - job.begun - self._usual_s)
+            self._unread.setdefault(event.request_id, []).append(event)
+            ends = event.finish_reason is not None
+            if ends or not job._has_begun or reader.must_read_at_once:
+                delta = self._read(event.request_id)
+                if delta is None:
+                    continue
+                if not job._has_begun or delta.finish_reason is not None:
+                    # A think tag, say, is nothing to be seen yet.
+                    job._has_begun = bool(delta.parts)
+                    urgent[job] = self._pending[job]
+                if delta.finish_reason is not None:
+                    self._llm.ended(reader, delta.finish_reason)
+                    del self._jobs[event.request_id]
+                    self._forget(delta.finish_reason)
+                    self._usual_s += 0.1 * (time.monotonic() - job.begun - self._usual_s)
         now = time.monotonic()
         if now - self._handed_over >= HAND_OVER_S or not self._llm.engine.has_work:
             self._handed_over = now
             self.load = self._look()
+            self._read_all()
             results, self._pending = self._pending, {}
             self._deliver(results)
         elif urgent:
@@ -364,6 +371,20 @@ class Worker:
             for job in urgent:
                 del self._pending[job]
             self._deliver(urgent)
+
+    def _read(self, request_id: str) -> Delta | None:
+        """Make text of what a request has produced; the last delta, if there is any."""
+        job, index, reader = self._jobs[request_id]
+        deltas = reader.push_all(self._unread.pop(request_id, ()))
+        if deltas:
+            self._pending.setdefault(job, []).extend((index, delta) for delta in deltas)
+        if reader.stopped:
+            self._llm.engine.cancel(request_id, "stop")
+        return deltas[-1] if deltas else None
+
+    def _read_all(self) -> None:
+        for request_id in list(self._unread):
+            self._read(request_id)
 
     def _deliver(self, results: Mapping[Job, Sequence[Item]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Sequence[Item]]]] = {}

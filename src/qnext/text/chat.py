@@ -110,6 +110,26 @@ class ChatTemplate:
         or the template refuses or fails (its own words, and the line).
         """
         checked = check_messages(messages, parse_arguments=self._wants_mappings)
+        return self._render(
+            checked,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            enable_thinking=enable_thinking,
+            **kwargs,
+        )
+
+    def _render(
+        self,
+        checked: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        enable_thinking: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """``render`` of messages that were checked."""
         check_tools(tools)
         if enable_thinking is not None and not isinstance(enable_thinking, bool):
             raise TemplateError(
@@ -139,6 +159,18 @@ class ChatTemplate:
         encoded as the characters it is made of, and template rules that look for tags do not see
         it. The text is that of ``render`` otherwise; keywords and errors are the same.
         """
+        return self.encode_prompt(messages, tokenizer, guard=guard, tools=tools, **kwargs)[1]
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        *,
+        guard: Collection[str] = ("user", "tool"),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[int]]:
+        """The prompt that ``encode`` encodes, and its ids."""
         checked = check_messages(messages, parse_arguments=self._wants_mappings)
         mark = _unused_character(self.source, checked, tools)
         guarded = [
@@ -147,10 +179,10 @@ class ChatTemplate:
             else message
             for message in checked
         ]
-        prompt = self.render(guarded, tools=tools, **kwargs)
+        prompt = self._render(guarded, tools, **kwargs)
         if mark not in prompt:
-            return tokenizer.encode(prompt)
-        return tokenizer.encode_guarded(prompt, mark)
+            return prompt, tokenizer.encode(prompt)
+        return prompt.replace(mark, ""), tokenizer.encode_guarded(prompt, mark)
 
     def save(self, path: str | Path) -> None:
         """Write the template as ``chat_template.jinja`` into a model folder."""
@@ -285,8 +317,8 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _unused_character(*values: Any) -> str:
     """A private-use character that occurs in none of the values."""
-    seen = set(json.dumps(values, ensure_ascii=False, default=str))
+    written = json.dumps(values, ensure_ascii=False, default=str)
     for code in range(0xF0000, 0xFFFFE):
-        if chr(code) not in seen:
+        if chr(code) not in written:
             return chr(code)
     raise TemplateError("messages: they use every private-use character of plane 15.")

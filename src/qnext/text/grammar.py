@@ -56,9 +56,17 @@ class GrammarMatcher:
         """Go on with a token; False if it may not follow."""
         return self._matcher.consume_token(token)
 
+    def accepts(self, token: int) -> bool:
+        """Whether a token may follow; where ``may_be_forced``, a mask may know better."""
+        return self._matcher.validate_tokens([token]) == 1
+
     def may_be_forced(self) -> bool:
-        """Whether one token only may follow: then the next byte is certain, or it may end here."""
-        return self._matcher.is_accepting() or bool(self._matcher.compute_ff_bytes())
+        """Whether one token only may follow: then the next byte is certain, or it ends here."""
+        return bool(self._matcher.compute_ff_bytes()) or self._matcher.is_stopped()
+
+    def certain(self) -> tuple[int, ...]:
+        """Tokens that follow for certain, each the only one of its mask; not always all."""
+        return tuple(self._matcher.compute_ff_tokens())
 
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` tokens."""

@@ -142,7 +142,11 @@ def _shared(
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Number of equal tokens at the beginning."""
-    for i, (one, two) in enumerate(zip(first, second, strict=False)):
-        if one != two:
-            return i
-    return min(len(first), len(second))
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

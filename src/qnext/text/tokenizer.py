@@ -9,6 +9,9 @@ import codecs
 import json
 import operator
 import re
+import threading
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +27,13 @@ from qnext.text.vocabulary import (
     spelled_bytes,
     train_byte_level,
 )
+
+MAX_KEPT_CHARACTERS = 1 << 22
+"""Characters of text between added tokens whose ids are kept: a message is encoded once."""
+MIN_KEPT_TEXT = 256
+"""Texts of fewer characters are encoded as they are."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -71,6 +81,13 @@ class Tokenizer:
         # Longest first: where two added tokens start at one place, the longer one is meant.
         longest = sorted(self.added_tokens, key=len, reverse=True)
         self._added_pattern = "|".join(re.escape(text) for text in longest) or r"(?!)"
+        self._added_parts = re.compile(f"({self._added_pattern})")
+        # Then what lies between two added tokens is encoded as if it stood alone.
+        self._cuts_cleanly = not any(
+            token.lstrip or token.rstrip or token.single_word or token.normalized
+            for _, token in added
+        )
+        self._kept = _KeptPieces(MAX_KEPT_CHARACTERS)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
@@ -105,8 +122,30 @@ class Tokenizer:
         ``allow_added=False`` reads the text as plain characters: ``<|im_end|>`` typed by a user
         becomes the tokens of its letters, never the control token. Raises TokenizerError for text
         that is not Unicode (a lone surrogate).
+
+        Of a text with added tokens in it, such as a conversation, only what lies between two of
+        them and was not encoded lately is encoded; the ids are the same.
         """
+        if allow_added and self._cuts_cleanly and len(text) >= MIN_KEPT_TEXT:
+            parts = self._added_parts.split(text)
+            if len(parts) > 1 and not _SURROGATE.search(text):
+                return self._join_parts(parts)
         return self.encode_batch([text], allow_added=allow_added)[0]
+
+    def _join_parts(self, parts: Sequence[str]) -> list[int]:
+        """The ids of a text that was split at its added tokens, which are every second part."""
+        found = self._kept.find(parts[::2])
+        missing = [piece for piece in dict.fromkeys(parts[::2]) if piece and piece not in found]
+        if missing:
+            new = dict(zip(missing, self.encode_batch(missing, allow_added=False), strict=True))
+            found |= self._kept.keep(new)
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.added_tokens[part])
+            elif part:
+                ids.extend(found[part])
+        return ids
 
     def encode_batch(self, texts: Sequence[str], *, allow_added: bool = True) -> list[list[int]]:
         """The ids of several texts, encoded side by side on all cores."""
@@ -124,16 +163,13 @@ class Tokenizer:
         ``break_up`` puts the mark in; here it is taken out again. Everything between two unmarked
         added tokens is encoded in one piece, so that ids do not depend on where marks stood.
         """
-        ids: list[int] = []
-        for part in re.split(f"({self._added_pattern})", text):
-            if part in self.added_tokens:
-                ids.append(self.added_tokens[part])
-            elif part:
-                ids += self.encode(part.replace(guard, ""), allow_added=False)
-        return ids
+        parts = self._added_parts.split(text)
+        return self._join_parts([part.replace(guard, "") for part in parts])
 
     def break_up(self, text: str, guard: str) -> str:
         """Put ``guard`` behind the first character of every added token in the text."""
+        if self._added_parts.search(text) is None:
+            return text
         return re.sub(f"(?=(?:{self._added_pattern}))(.)", rf"\g<1>{guard}", text, flags=re.DOTALL)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -247,6 +283,40 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in map(operator.index, ids) if i not in skipped)
 
 
+class _KeptPieces:
+    """The ids of pieces of text, the ones used last; for several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._characters = 0
+        self._ids: OrderedDict[str, array[int]] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def find(self, pieces: Iterable[str]) -> "dict[str, array[int]]":
+        """The ids of those that are kept."""
+        found = {}
+        with self._mutex:
+            for piece in pieces:
+                ids = self._ids.get(piece)
+                if ids is not None:
+                    self._ids.move_to_end(piece)
+                    found[piece] = ids
+        return found
+
+    def keep(self, pieces: Mapping[str, Sequence[int]]) -> "dict[str, array[int]]":
+        """Keep pieces; the oldest go when they become too many. Returns them as they are kept."""
+        packed = {piece: array("i", ids) for piece, ids in pieces.items()}
+        with self._mutex:
+            for piece, ids in packed.items():
+                if piece not in self._ids:
+                    self._ids[piece] = ids
+                    self._characters += len(piece)
+            while self._characters > self._most:
+                old, _ = self._ids.popitem(last=False)
+                self._characters -= len(old)
+        return packed
+
+
 class Detokenizer:
     """Text from ids as they arrive.
 
@@ -276,7 +346,7 @@ def _why_not_text(texts: Sequence[str]) -> str:
     for text in texts:
         if not isinstance(text, str):
             return f"expected text to encode (str), got {type(text).__name__}."
-        surrogate = re.search("[\ud800-\udfff]", text)
+        surrogate = _SURROGATE.search(text)
         if surrogate:
             return (
                 f"the text cannot be encoded: character {surrogate.start()} is a lone surrogate "

@@ -232,7 +232,8 @@ class _Routing:
         lse_n1 = logits_nE.logsumexp(-1, keepdim=True)
         log_p_nE = logits_nE - lse_n1
         p_nE = log_p_nE.exp()
-        _, chosen_nX = self.route(logits=logits_nE.detach(), slots=self.slots, rescale=False)
+        # Only who is chosen matters here; their shares of each other are cheaper than of all.
+        _, chosen_nX = self.route(logits=logits_nE.detach(), slots=self.slots, rescale=True)
         counts_E = torch.bincount(chosen_nX.flatten(), minlength=self.experts)
         if self.scope == "micro":
             share_E = fractions(counts_E[None])[0]

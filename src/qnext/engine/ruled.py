@@ -1,0 +1,98 @@
+"""Choices under rules: a token is tried first, and the mask found only where that is refused.
+
+To find the tokens that may follow takes a grammar many times as long as to say whether one of them
+may. The likeliest token mostly does. If it may, it is what the masked choice would have been: a
+mask takes rivals away and changes no score. That holds for greedy choices, and for choices by noise
+alone, since the noise of a token does not depend on the others. It does not hold behind a filter,
+whose reach depends on what it is given: ``top_k``, ``top_p`` and ``min_p`` need the mask first.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from qnext.engine.guide import Guide
+from qnext.engine.request import SamplingParams
+from qnext.engine.sampler import SampleRow
+
+
+class Choose(Protocol):
+    """``sampler.choose``, or the same in native code."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Sequence[SampleRow],
+        *,
+        defined_ids: int,
+        tie_bound: float | None,
+    ) -> tuple[list[int], Sequence[object]]: ...
+
+
+class Ruled(NamedTuple):
+    """The rules of one row."""
+
+    guide: Guide
+    drafts: Sequence[int]
+    """Those before the row."""
+    draft: int | None
+    """The draft that the row verifies: it was found allowed when it was made."""
+
+
+def ruled_by(guide: Guide | None, drafts: Sequence[int], count: int) -> Ruled | None:
+    """The rules of the row behind ``count`` of the drafts."""
+    if guide is None:
+        return None
+    return Ruled(guide, drafts[:count], drafts[count] if count < len(drafts) else None)
+
+
+def may_try(params: SamplingParams) -> bool:
+    """Whether a choice without a mask, if the mask allows it, is the choice with it."""
+    filters = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return params.temperature == 0.0 or not filters
+
+
+def mask_before(
+    guide: Guide | None, drafts: Sequence[int], params: SamplingParams
+) -> np.ndarray | None:
+    """The mask that a row needs before anything is chosen."""
+    if guide is None or (may_try(params) and guide.can_try(drafts)):
+        return None
+    return guide.mask(drafts)
+
+
+def choose_ruled(
+    choose: Choose,
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    ruled: Sequence[Ruled | None],
+    *,
+    defined_ids: int,
+    tie_bound: float | None,
+) -> tuple[list[int], list[object]]:
+    """Tokens and rivals of ``choose`` for logits [R, V], under the rules of every row.
+
+    Rows of one answer stand in the order of its drafts. Those behind a draft that was not chosen
+    are chosen without rules: nobody will look at them. Masks that turn out to be needed are
+    entered into ``rows``.
+    """
+    tokens, found = choose(logits, rows, defined_ids=defined_ids, tie_bound=tie_bound)
+    rivals = list(found)
+    dropped: Guide | None = None
+    for r, rules in enumerate(ruled):
+        if rules is None or rules.guide is dropped:
+            continue
+        guide, drafts, draft = rules
+        # A rival that is not allowed is none, and only the mask knows them all.
+        if rows[r].mask is None and (
+            rivals[r] or not (tokens[r] == draft or guide.allows(tokens[r], drafts))
+        ):
+            rows[r].mask = guide.mask(drafts)
+            [tokens[r]], [rivals[r]] = choose(
+                logits[r : r + 1], rows[r : r + 1], defined_ids=defined_ids, tie_bound=tie_bound
+            )
+        if draft is not None and tokens[r] != draft:
+            dropped = guide
+    return tokens, rivals

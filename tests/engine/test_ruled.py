@@ -1,0 +1,286 @@
+"""A token tried before the mask is known is the token the mask would have left."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from schemas import schema
+
+from qnext import LLM, SamplingParams, StructuredOutputs, native
+from qnext.engine import native_sampler, ruled, sampler
+from qnext.engine.guide import Guide, Rules
+from qnext.engine.regions import Regions, Tag
+from qnext.engine.request import Request
+from qnext.engine.ruled import choose_ruled, mask_before, may_try, ruled_by
+from qnext.engine.sampler import SampleRow, allowed
+
+FORMS = [
+    {"json_schema": schema(3)},
+    {"json_schema": schema(8)},
+    {"regex": r"(abc|abd){2}[0-9]{0,3}"},
+    {"regex": "(?s:.{1,40})"},
+    {"choice": ["red", "green", "greenish"]},
+    {"json_object": True},
+]
+V = 96
+END = 90
+
+
+class Numbers:
+    """A grammar whose mask is drawn from all tokens before; mostly it leaves a choice."""
+
+    def __init__(self) -> None:
+        self.way: list[int] = []
+        self.filled = 0
+
+    def begin(self) -> "Numbers":
+        return self
+
+    def _allowed(self) -> set[int]:
+        generator = random.Random(repr(self.way))
+        return set(generator.sample(range(END), generator.choice([1, 3, 30, 80])))
+
+    def fill(self, words: np.ndarray) -> str | None:
+        self.filled += 1
+        for token in self._allowed():
+            words[token // 32] |= np.uint32(1 << token % 32)
+        return None
+
+    def consume(self, token: int) -> bool:
+        self.way.append(token)
+        return token in Numbers._allowed_of(self.way[:-1])
+
+    @staticmethod
+    def _allowed_of(way: list[int]) -> set[int]:
+        other = Numbers()
+        other.way = way
+        return other._allowed()
+
+    def rollback(self, count: int) -> None:
+        del self.way[len(self.way) - count :]
+
+    def accepts(self, token: int) -> bool:
+        return token in self._allowed()
+
+    def may_be_forced(self) -> bool:
+        return len(self._allowed()) == 1
+
+    def certain(self) -> tuple[int, ...]:
+        return tuple(self._allowed()) if len(self.way) % 2 and self.may_be_forced() else ()
+
+
+def number_guide(way: list[int]) -> tuple[Guide, Numbers]:
+    grammar = Numbers()
+    regions = Regions(
+        think=(Tag(text=b"<t>", id=91), Tag(text=b"</t>", id=92)),
+        tool=(Tag(text=b"<c>", id=93), Tag(text=b"</c>", id=94)), may_think=False,
+    )  # fmt: skip
+    rules = Rules(regions=regions, vocab_size=V, end_ids=(END,), control_ids=(91, 92, 93, 94),
+                  answer=grammar)  # fmt: skip
+    guide = Guide(rules)
+    for token in way:
+        guide.commit(token)
+    return guide, grammar
+
+
+def some_way(generator: random.Random, length: int) -> list[int]:
+    way: list[int] = []
+    for _ in range(length):
+        way.append(generator.choice(sorted(Numbers._allowed_of(way))))
+    return way
+
+
+def params_of(generator: random.Random) -> SamplingParams:
+    filters = [{}, {}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}]
+    adjusted = [{}, {"repetition_penalty": 1.5}, {"logit_bias": {3: 5.0, 40: -9.0}},
+                {"frequency_penalty": 0.5}, {"min_tokens": 40}]  # fmt: skip
+    return SamplingParams(
+        temperature=generator.choice([0.0, 0.0, 0.7, 1.0]), max_tokens=50,
+        **generator.choice(filters), **generator.choice(adjusted),
+    )  # fmt: skip
+
+
+BACKENDS = [
+    sampler.choose,
+    pytest.param(
+        native_sampler.choose,
+        marks=pytest.mark.skipif(native.unfit() is not None, reason="no native kernels"),
+    ),
+]
+
+
+@pytest.mark.parametrize("choose", BACKENDS, ids=["plain", "native"])
+def test_choices_and_near_ties_are_those_under_the_mask(choose):
+    """Answers with and without drafts in one batch, coarse logits: many ties, many refusals."""
+    generator, torch_generator = random.Random(5), torch.Generator().manual_seed(5)
+    spared = looked = refused = closes = 0
+    for _ in range(60):
+        rows, rules, masked, last = [], [], [], []
+        for answer in range(4):
+            way = some_way(generator, generator.randrange(4))
+            drafts = some_way(generator, len(way) + generator.randrange(3))
+            # Drafts continue the way they were made on.
+            drafts = drafts[len(way) :] if drafts[: len(way)] == way else []
+            params, (guide, _) = params_of(generator), number_guide(way)
+            assert guide.valid(drafts) == len(drafts)
+            for count in range(len(drafts) + 1):
+                asked = {
+                    "params": params, "seed": answer, "index": len(way) + count,
+                    "prompt_ids": (1, 2, 3), "counts": Counter([*way, *drafts[:count]]),
+                    "stop_ids": (END,), "bad_words": [(7,), (8,)],
+                }  # fmt: skip
+                rows.append(SampleRow(**asked, mask=mask_before(guide, drafts[:count], params)))
+                rules.append(ruled_by(guide, drafts, count))
+                other, _ = number_guide(way)
+                masked.append(SampleRow(**asked, mask=other.mask(drafts[:count])))
+                last.append(count == len(drafts))
+        logits = (torch.randn(len(rows), V, generator=torch_generator) * 4).round() / 2
+        spared += sum(row.mask is None for row in rows)
+        before = [row.mask is None for row in rows]
+        found, rivals = choose_ruled(choose, logits, rows, rules, defined_ids=V - 1, tie_bound=1e-4)
+        looked += sum(now.mask is not None and was for now, was in zip(rows, before, strict=True))
+        wanted, others = choose(logits, masked, defined_ids=V - 1, tie_bound=1e-4)
+        dropped = False
+        for r, rule in enumerate(rules):
+            if not dropped:
+                assert found[r] == wanted[r]
+                assert bool(rivals[r]) == bool(others[r])
+                closes += bool(rivals[r])
+                refused += not allowed(masked[r].mask, V)[int(logits[r, : V - 1].argmax())]
+            dropped = not last[r] and (dropped or found[r] != rule.draft)
+    assert min(spared - looked, looked, refused, closes) > 10
+
+
+def test_what_may_be_tried():
+    assert may_try(SamplingParams(temperature=0.0, top_k=3, top_p=0.5))
+    assert may_try(SamplingParams(temperature=1.0, frequency_penalty=0.4))
+    for options in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert not may_try(SamplingParams(temperature=0.5, **options))
+    guide, grammar = number_guide([])
+    if not guide.can_try():
+        pytest.fail("the first choice of this grammar is not forced")
+    assert mask_before(guide, (), SamplingParams(temperature=0.0)) is None
+    assert grammar.filled == 0
+    assert mask_before(guide, (), SamplingParams(temperature=1.0, top_p=0.9)) is not None
+
+
+def test_a_place_behind_which_drafts_stand_is_looked_up_again():
+    generator = random.Random(1)
+    for _ in range(40):
+        way = some_way(generator, 6)
+        guide, _ = number_guide(way[:2])
+        assert guide.valid(way[2:]) == 4
+        for count in (4, 1, 3, 0, 2):
+            right = number_guide(way[: 2 + count])[0].mask()
+            assert [guide.allows(t, way[2 : 2 + count]) for t in range(V)] == allowed(
+                right, V
+            ).tolist()
+            np.testing.assert_array_equal(guide.mask(way[2 : 2 + count]), right)
+        assert guide.failed is None
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder):
+    pytest.importorskip("llguidance")
+    with LLM(tiny_folder, memory="64MiB", threads=1) as llm:
+        yield llm
+
+
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": schema(4)}}]
+
+
+def requests(llm: LLM) -> list[Request]:
+    forms = [SamplingParams(structured_outputs=StructuredOutputs(**form)) for form in FORMS]
+    found = [llm.prepare_text("Go on.\n", params)[0] for params in forms]
+    found += [llm.prepare_text("Go on.\n<think>\n", params)[0] for params in forms[:1]]
+    ask = [{"role": "user", "content": "Find it."}]
+    for choice in ("required", "auto"):
+        found.append(
+            llm.prepare_chat(
+                ask, SamplingParams(), tools=TOOLS, tool_choice=choice, strict=True
+            )[0]
+        )  # fmt: skip
+    return found
+
+
+def test_a_token_is_allowed_where_its_bit_is_set(llm):
+    """Every token, at every place of random answers, of every kind of grammar."""
+    width, places, tried, forced = llm.engine.vocab_size, 0, 0, 0
+    for number, request in enumerate(requests(llm)):
+        generator = random.Random(number)
+        for _ in range(2):
+            quick, slow = Guide(request.rules), Guide(request.rules)
+            for _ in range(30):
+                mask = slow.mask()
+                right = [True] * width if mask is None else allowed(mask, width).tolist()
+                tried += quick.can_try()
+                probe = sorted(
+                    {*generator.sample(range(width), 40), *request.rules.end_ids,
+                     *request.rules.control_ids}
+                )  # fmt: skip
+                probe += [t for t in generator.sample(range(width), 200) if right[t]][:20]
+                assert [quick.allows(t) for t in probe] == [right[t] for t in probe]
+                assert quick.has_no_choice == slow.has_no_choice == (sum(right) == 1)
+                token = generator.choice([t for t in range(width) if right[t]])
+                quick.commit(token)
+                slow.commit(token)
+                places += 1
+                if slow.is_done or token in request.rules.end_ids:
+                    break
+                forced += len(found := quick.forced(room=5, stops=())) > 1
+                for sure in found:
+                    np.testing.assert_array_equal(
+                        np.flatnonzero(allowed(slow.mask(), width)), [sure]
+                    )  # fmt: skip
+                    slow.commit(sure)
+                assert len(found) == 5 or quick.is_done or not slow.has_no_choice
+                if slow.is_done:
+                    break
+            assert quick.state == slow.state
+            assert quick.failed is slow.failed is None
+    assert 20 < tried < places
+    assert forced > 10
+
+
+def test_answers_are_those_of_masks_alone(tiny_folder, monkeypatch):
+    """Whole answers, log-probabilities and usage, greedy and drawn, drafted and not."""
+    pytest.importorskip("llguidance")
+    found, masks = {}, {}
+    find = Guide._find_mask
+
+    def counted(guide, frame):
+        masks[key] += 1
+        return find(guide, frame)
+
+    monkeypatch.setattr(Guide, "_find_mask", counted)
+    for drafts in (0, 2):
+        for tries in (True, False):
+            if not tries:
+                monkeypatch.setattr(ruled, "may_try", lambda params: False)
+            key = drafts, tries
+            masks[key] = 0
+            with LLM(tiny_folder, speculative_tokens=drafts, memory="64MiB",
+                     batch_invariant=True, threads=1) as llm:  # fmt: skip
+                closing = {llm.tokenizer.id_of(text): 9.0 for text in ('"', "}", "]", ",")}
+                params = [
+                    SamplingParams(
+                        temperature=0.0 if i % 2 else 1.0, seed=i, max_tokens=40, n=1 + i % 2,
+                        logit_bias=closing if i < len(FORMS) else {}, logprobs=1,
+                        structured_outputs=StructuredOutputs(**one),
+                    )
+                    for i, one in enumerate(FORMS * 2)
+                ]  # fmt: skip
+                answers = llm.generate(["Go on.\n"] * len(params), params)
+            found[key] = [
+                (one.token_ids, one.text, one.finish_reason, one.logprobs,
+                 one.usage.forced_tokens, one.usage.near_ties)
+                for answer in answers for one in (answer, *answer.others)
+            ]  # fmt: skip
+            monkeypatch.setattr(ruled, "may_try", may_try)
+    assert len({json.dumps([one[:4] for one in some], default=str) for some in found.values()}) == 1
+    for drafts in (0, 2):
+        assert found[drafts, True] == found[drafts, False]
+        assert masks[drafts, True] < 0.7 * masks[drafts, False]
