@@ -79,7 +79,7 @@ screenshots: $(VENV)/.dev
 # The machine must be idle. WORK takes 45 GB of models (60 while they are made); they are kept.
 WORK ?= runs/bench
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.native_speed --work $(WORK)
+	$(BIN)/python -m benchmarks.native_speed --work $(WORK) $(if $(AVX2_LLAMA),--avx2-llama $(AVX2_LLAMA))
 	$(BIN)/python -m tools.tables
 
 # int4 and one format of llama.cpp in a few minutes; writes to WORK and no table.

@@ -1,12 +1,19 @@
 """The whole set behind docs/benchmarks.md: shape M in int4, int8 and bfloat16, with its peers.
 
     python -m benchmarks.native_speed [--quick] [--work DIR] [--only int4 ...] [--without-peers]
+        [--avx2-llama DIR]
 
 Shape M is the 80B model's layer widths and 512 experts, cut to 4 layers and a vocabulary of
 32,768; shape S has 8 layers and 64 experts. Weights are random. Folders and GGUF files are made in
 DIR once (about 45 GB, and 14 GB more while they are made) and used again. Each part is measured in
 a process of its own, so that no memory of one is in the way of the next; at most one bfloat16 copy
 of shape M is in memory at a time, which is why bfloat16 has no llama.cpp beside it.
+
+Beside the AVX2 kernels stands a llama.cpp that was built without AVX-512. It lies in a folder of
+its own (--avx2-llama), made by
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" \
+        pip install --no-deps --no-binary llama-cpp-python --target DIR llama-cpp-python
 """
 
 import argparse
@@ -56,11 +63,12 @@ KERNEL_ROWS = (1, 4, 8, 16, 64, 512)
 
 def main() -> None:
     """Measure everything asked for; write docs/results/native_*.json and the plots."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="int4 alone, few repetitions")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
-    parser.add_argument("--only", nargs="+", choices=(*BITS, "transformers"))
+    parser.add_argument("--only", nargs="+", choices=(*BITS, "isa", "transformers"))
     parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument("--avx2-llama", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="M")
@@ -85,6 +93,8 @@ def main() -> None:
 def _parts_of(name: str, args: argparse.Namespace) -> list[str]:
     if name == "transformers":
         return [] if args.without_peers else ["transformers_m", "transformers_s"]
+    if name == "isa":
+        return ["int4_isa"]
     if name == "int4" and not args.quick:
         return ["int4", "int4_isa", "int4_kernels"]
     return [name]
@@ -95,7 +105,14 @@ def _in_a_process(part: str, args: argparse.Namespace) -> Any:
     command += ["--work", str(args.work), "--threads", str(args.threads)]
     command += ["--repetitions", str(args.repetitions), "--shape", args.shape]
     command += ["--quick"] * args.quick + ["--without-peers"] * args.without_peers
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    env = dict(os.environ)
+    if part == "int4_isa" and args.avx2_llama:
+        command += ["--avx2-llama", str(args.avx2_llama)]
+        own = env.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join([str(args.avx2_llama), *([own] if own else [])])
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False, env=env
+    )
     if done.returncode:
         raise SystemExit(f"{part} failed (status {done.returncode}).")
     return json.loads(done.stdout.splitlines()[-1])
@@ -116,6 +133,7 @@ def _folder(work: Path, shape: str, name: str) -> Path:
 
 def _prepare(args: argparse.Namespace, wanted: Sequence[str]) -> None:
     """Everything that is on disk only, before anything is timed."""
+    wanted = ["int4" if name == "isa" else name for name in wanted]
     for name in wanted:
         if name in BITS:
             _folder(args.work, args.shape, name)
@@ -174,7 +192,7 @@ def _measure_format(name: str, args: argparse.Namespace) -> dict[str, Any]:
         **_head(subject),
         "cases": rows,
         "against": about,
-        "rollback_share": rollback(subject, drafts, **plain),
+        "rollback_share": rollback(subject, drafts, repetitions=args.repetitions),
         "outside_kernels_share": round(time_outside(subject, steps=4 * STEPS), 5),
         "start": measure_start(folder, threads=args.threads),
         "machine": machine_report(machine_now.seen),
@@ -197,7 +215,7 @@ def _head(subject: Subject) -> dict[str, Any]:
 
 
 def _measure_isa_levels(args: argparse.Namespace) -> dict[str, Any]:
-    """Decoding and a prompt at lower instruction sets."""
+    """Decoding and a prompt at lower instruction sets; AVX2 beside a llama.cpp like it."""
     from qnext import native
 
     levels = [
@@ -207,16 +225,33 @@ def _measure_isa_levels(args: argparse.Namespace) -> dict[str, Any]:
     folder, found = _folder(args.work, args.shape, "int4"), {}
     best = native.load().isa()
     machine_now = Machine()
+    about: list[dict[str, Any]] = []
     try:
         for level in levels:
             native.load().set_isa(level)
             subject = Subject(folder, threads=args.threads)
             cases = [Case(kind="decode", steps=STEPS), Case(kind="prefill", rows=512, steps=1)]
-            rows = measure(subject, cases, repetitions=args.repetitions, machine=machine_now)
+            peers = _peers_without_avx512(args) if level == "avx2" else []
+            about += [peer.about() for peer in peers]
+            rows = measure(
+                subject, cases, repetitions=args.repetitions, machine=machine_now, peers=peers
+            )
             found[level] = {**_head(subject), "cases": rows}
+            for peer in peers:
+                peer.close()
     finally:
         native.load().set_isa(best)
-    return {"levels": found, "machine": machine_report(machine_now.seen)}
+    return {"levels": found, "against": about, "machine": machine_report(machine_now.seen)}
+
+
+def _peers_without_avx512(args: argparse.Namespace) -> list[LlamaPeer]:
+    if not args.avx2_llama:
+        return []
+    peers = [LlamaPeer(one, _gguf(args, one), threads=args.threads) for one in LLAMA["int4"]]
+    system = peers[0].about()["system"]
+    if "AVX512" in system:
+        raise SystemExit(f"--avx2-llama: that llama.cpp was built with AVX-512: {system}")
+    return peers
 
 
 def _measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
@@ -273,25 +308,27 @@ def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
     for part, report in found.items():
         content = {"command": command, "machine": machine(), "report": report}
         (raw / f"{part}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    reports = {
-        file.stem: json.loads(file.read_text(encoding="utf-8"))["report"]
+    all_parts = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
         for file in sorted(raw.glob("*.json"))
     }
+    reports = {name: part["report"] for name, part in all_parts.items()}
     rows = list(rows_of(reports))
     for row in rows:
         print(f"{row['what']}: {row['value']}  {row.get('goal', '')}  {row.get('met', '')}")
     if is_record:
-        write_result("native_speed", "Native kernels, shape M", rows, command=command)
+        commands = "; ".join(dict.fromkeys(part["command"] for part in all_parts.values()))
+        write_result("native_speed", "Native kernels, shape M", rows, command=commands)
         _draw(reports, ROOT / "docs" / "pictures")
     else:
         _draw(reports, args.work)
 
 
 def _plain(words: Sequence[str]) -> Iterator[str]:
-    """Arguments without the folder, which is nobody's business."""
+    """Arguments without the folders, which are nobody's business."""
     skip = False
     for word in words:
-        if word == "--work":
+        if word in ("--work", "--avx2-llama"):
             skip = True
         elif skip:
             skip = False

@@ -104,7 +104,7 @@ void bind_decoder(nb::module_& m) {
       .def_rw("router", &Layer::router)
       .def_rw("shared", &Layer::shared)
       .def_rw("shared_gate", &Layer::shared_gate)
-      .def("add_expert", [](Layer& self, const FeedForward& e) { self.experts.push_back(e); })
+      .def("add_expert", &Layer::add_expert)
       .def("set_floats", [](Layer& self, const std::string& name, Array<const float> x) {
         floats_of(self, name) = x.data();
       });

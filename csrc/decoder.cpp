@@ -1,5 +1,9 @@
 #include "decoder.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -13,6 +17,7 @@ namespace qnext {
 namespace {
 
 constexpr int kFormats = 4;
+constexpr int64_t kLargePage = 2 << 20;
 // From so many rows on a step is a prefill: whole experts are drawn from a counter.
 constexpr int64_t kManyRows = 32;
 // Rows of one piece of the shared expert when pieces are drawn from the counter.
@@ -21,7 +26,8 @@ constexpr int64_t kSharedRows = 256;
 constexpr int64_t kSoonBytes = 128 * 1024;
 constexpr int64_t kFirstLines = 64;
 
-// Memory on 64-byte lines that only grows. Its content is undefined after growing.
+// Memory on 64-byte lines that only grows. Its content is undefined after growing. Large ones ask
+// for large pages: looking up small ones takes time.
 class Buffer {
  public:
   ~Buffer() { std::free(data_); }
@@ -32,12 +38,16 @@ class Buffer {
   void* reserve(int64_t bytes) {
     if (bytes > size_) {
       std::free(data_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      data_ = std::aligned_alloc(4096, static_cast<size_t>(size_));
+      const int64_t page = bytes >= kLargePage ? kLargePage : 4096;
+      size_ = (bytes + page - 1) / page * page;
+      data_ = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(size_));
       if (!data_) {
         size_ = 0;
         throw std::bad_alloc();
       }
+#if defined(__linux__)
+      if (page == kLargePage) madvise(data_, static_cast<size_t>(size_), MADV_HUGEPAGE);
+#endif
     }
     return data_;
   }
@@ -101,44 +111,73 @@ float value_of_bf16(uint16_t x) {
   return f;
 }
 
-// One row of a matrix in any format, as floats.
-void read_row(const Matrix& w, int64_t row, float* out) {
+// Columns [first, last) of one row of a matrix in any format, as floats.
+void read_row(const Matrix& w, int64_t row, int64_t first, int64_t last, float* out) {
   const auto* bytes = static_cast<const uint8_t*>(w.data);
   if (w.format == Format::f32) {
-    std::memcpy(out, bytes + row * w.cols * 4, static_cast<size_t>(w.cols) * 4);
+    std::memcpy(out + first, bytes + (row * w.cols + first) * 4,
+                static_cast<size_t>(last - first) * 4);
     return;
   }
   if (w.format == Format::bf16) {
     const auto* in = reinterpret_cast<const uint16_t*>(bytes) + row * w.cols;
-    for (int64_t c = 0; c < w.cols; ++c) out[c] = value_of_bf16(in[c]);
+    for (int64_t c = first; c < last; ++c) out[c] = value_of_bf16(in[c]);
     return;
   }
   const uint8_t* tile = bytes + matrix_bytes(w.format, row / kTileRows * kTileRows, w.cols);
   const int64_t r = row % kTileRows, line = r / 16 * 64 + r % 16 * 4;
-  const int64_t wide = (w.cols + 31) / 32 * 32;
   if (w.format == Format::q8) {
-    for (int64_t c = 0; c < w.cols; ++c) {
+    constexpr int64_t kLinesAhead = 16;  // each 4 columns further on
+    for (int64_t c = first; c < last; ++c) {
       const uint8_t* block = tile + c / kBlock * (128 + kBlock * kTileRows);
       const int64_t k = c % kBlock;
+      const uint8_t* at = block + 128 + k / 4 * 128 + line;
+      if (k % 4 == 0) __builtin_prefetch(at + kLinesAhead * 128, 0, 3);
       float d;
       std::memcpy(&d, block + r * 4, 4);
-      out[c] = d * static_cast<float>(block[128 + k / 4 * 128 + line + k % 4] - 128);
+      out[c] = d * static_cast<float>(at[k % 4] - 128);
     }
     return;
   }
   float scale;
   std::memcpy(&scale, tile + r * 4, 4);
-  for (int64_t c = 0; c < wide && c < w.cols; ++c) {
+  for (int64_t c = first; c < last; ++c) {
     const uint8_t* piece = tile + 128 + c / 32 * 576;
     const int64_t k = c % 32;
+    const uint8_t* pair = piece + 64 + k / 8 * 128 + line;
+    if (k % 8 == 0) {
+      // Its own lines of the pieces to come: each alone would wait for memory.
+      __builtin_prefetch(pair + 4 * 576, 0, 3);
+      if (k == 0) __builtin_prefetch(piece + 4 * 576, 0, 3);
+    }
     const int s = static_cast<int8_t>(piece[k / 16 * 32 + r]);
-    const uint8_t pair = piece[64 + k / 8 * 128 + line + k % 4];
-    const int q = (k % 8 < 4 ? pair & 15 : pair >> 4) - 8;
+    const int q = (k % 8 < 4 ? pair[k % 4] & 15 : pair[k % 4] >> 4) - 8;
     out[c] = scale * static_cast<float>(s * q);
   }
 }
 
+// The embeddings of tokens [count][cols], this thread's share of them: blocks, so that one token is
+// shared too.
+void embed(const Matrix& w, const int32_t* ids, int64_t count, float* out, int64_t ldo,
+           const Team& team) {
+  const int64_t blocks = (w.cols + kBlock - 1) / kBlock;
+  int64_t first, last;
+  team.range(count * blocks, 1, &first, &last);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t begin = i % blocks * kBlock;
+    const int64_t end = begin + kBlock < w.cols ? begin + kBlock : w.cols;
+    read_row(w, ids[i / blocks], begin, end, out + i / blocks * ldo);
+  }
+}
+
 }  // namespace
+
+void Layer::add_expert(const FeedForward& expert) {
+  experts.push_back(expert);
+  expert_inputs |= bits(expert);
+  expert_downs |= bit(expert.down);
+  if (expert.width > expert_width) expert_width = expert.width;
+}
 
 // Everything a step needs beside the weights and the cache.
 struct Decoder::Work {
@@ -279,11 +318,9 @@ void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
     if (layer.router.rows) {
       most(experts, layer.router.rows);
       slots = shape_.experts_per_token;
-      for (const FeedForward& ff : layer.experts) {
-        in |= bits(ff);
-        down |= bit(ff.down);
-        most(act, ff.width);
-      }
+      in |= layer.expert_inputs;
+      down |= layer.expert_downs;
+      most(act, layer.expert_width);
     }
     in |= bits(layer.shared) | bit(layer.shared_gate);
     shared_down |= bit(layer.shared.down);
@@ -350,9 +387,7 @@ void Decoder::forward(const Step& step, ThreadPool& pool) {
   pool.run([&](Team& team) {
     const int64_t D = shape_.hidden;
     float* h = w.h.floats(0);
-    int64_t first, last;
-    team.range(step.rows, 1, &first, &last);
-    for (int64_t p = first; p < last; ++p) read_row(embedding, step.ids[p], h + p * D);
+    embed(embedding, step.ids, step.rows, h, D, team);
     rotary_table(step, team);
     read_soon(share_at(layers[0], team), team);
     team.barrier();
@@ -375,7 +410,7 @@ void Decoder::forward_mtp(const Step& step, ThreadPool& pool) {
     team.range(step.rows, 1, &first, &last);
     const Team alone;
     for (int64_t p = first; p < last; ++p) {
-      read_row(embedding, step.ids[p], normed + p * D);
+      read_row(embedding, step.ids[p], 0, D, normed + p * D);
       w.norm->rms_norm(normed + p * D, 1, D, mtp_embedding_norm, shape_.eps, pair + p * 2 * D,
                        alone);
       w.norm->rms_norm(step.hidden_in + p * D, 1, D, mtp_hidden_norm, shape_.eps,
@@ -600,11 +635,7 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team, con
   const FeedForward& shared = layer.shared;
   const float* x = w.normed.floats(0);
   const bool many = rows >= kManyRows;
-  unsigned in = bits(shared), down = 0;
-  for (const FeedForward& ff : layer.experts) {
-    in |= bits(ff);
-    down |= bit(ff.down);
-  }
+  const unsigned in = bits(shared) | layer.expert_inputs, down = layer.expert_downs;
   if (experts) w.moe->router(x, rows, layer.router, w.router.floats(0), team);
   const int64_t shared_tiles = (shared.width + kTileRows - 1) / kTileRows;
   int64_t shared_first, shared_last;
@@ -653,6 +684,11 @@ void Decoder::feed_forward(const Layer& layer, const Step& step, Team& team, con
       team.range((ff.width + kTileRows - 1) / kTileRows, 1, first, last);
     };
     const size_t active = w.active.size();
+    // Where their weights are; it would be waited for one expert after the other.
+    for (const int32_t e : w.active) {
+      const auto* at = reinterpret_cast<const char*>(&layer.experts[e]);
+      for (size_t i = 0; i < sizeof(FeedForward); i += 64) __builtin_prefetch(at + i, 0, 3);
+    }
     const auto expert_at = [&](size_t i) {
       int64_t first, last;
       if (i == active) return active ? down_at(layer.experts[w.active[0]]) : down_at(shared);

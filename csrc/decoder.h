@@ -41,7 +41,13 @@ struct Layer {
   Matrix router;
   std::vector<FeedForward> experts;
   FeedForward shared;
+  // Of all experts together, so that a step need not look at hundreds of them: what formats of
+  // activations their products take (bits), and the widest.
+  unsigned expert_inputs = 0, expert_downs = 0;
+  int64_t expert_width = 0;
   Matrix shared_gate;  // [1, D]; without rows the shared part has weight one
+
+  void add_expert(const FeedForward& expert);
 };
 
 struct Shape {

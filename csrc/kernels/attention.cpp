@@ -508,8 +508,10 @@ void split_tiles(const AttentionJob& job, const Layout& layout, const Plan& plan
         for (int64_t piece = tile.first_piece(); piece <= last; ++piece) {
           const int64_t from = larger(piece * kPiece, s.first);
           const int64_t until = smaller(limit, (piece + 1) * kPiece);
-          const bool mine = begin <= passed && passed < end;
-          passed += heads * tile.rows * (until - from);
+          // A piece belongs to the thread in whose share of the cost its middle lies.
+          const int64_t own = heads * tile.rows * (until - from), middle = passed + own / 2;
+          const bool mine = begin <= middle && middle < end;
+          passed += own;
           if (!mine) continue;
           if (!loaded) load_queries<Kind>(job, layout, tile, *work);
           State state = work->piece;

@@ -393,7 +393,8 @@ int64_t piece_end(const DeltaSequence& sequence, int64_t done) {
   return end;
 }
 
-void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
+// `next`: the state that this thread reads after this item's.
+void run_item(const Item& item, Scratch& x, int64_t step_tokens, const float* next) {
   const DeltaSequence& sequence = item.sequence;
   const DeltaShape& s = item.layer.shape;
   if (sequence.tokens == 0 && sequence.kept == 0) return;
@@ -409,7 +410,8 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
   if (kept && (!by_step || sequence.tokens == 0)) {
     x.block.tokens = 0;
     for (int64_t w = 0; w < item.group; ++w) {
-      delta_step(x.block, w, state + w * head_size, kept_updates(item, x, w), kept, false);
+      delta_step(x.block, w, state + w * head_size, kept_updates(item, x, w), kept, false,
+                 nullptr);
     }
     kept = 0;
   }
@@ -421,7 +423,11 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
       for (int64_t w = 0; w < item.group; ++w) {
         float* one = state + w * head_size;
         if (by_step) {
-          delta_step(x.block, w, one, kept_updates(item, x, w), kept, sequence.speculative);
+          const float* follows = w + 1 < item.group               ? one + head_size
+                                 : done + tokens == sequence.tokens ? next
+                                                                    : nullptr;
+          delta_step(x.block, w, one, kept_updates(item, x, w), kept, sequence.speculative,
+                     follows);
         } else {
           delta_chunk(x.block, w, one, w == 0);
         }
@@ -440,6 +446,43 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens) {
   if (!sequence.speculative && sequence.tokens) write_window(item, x, sequence.window);
 }
 
+void ask(const void* from, int64_t bytes) {
+  const char* at = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+void ask_row(const Item& item, const void* tensor, int64_t row) {
+  const int64_t size = item.layer.window_type == WindowType::f32 ? 4 : 2;
+  const char* at =
+      static_cast<const char*>(tensor) + row * delta_channels(item.layer.shape) * size;
+  for (const Section& part : item.sections) ask(at + part.channel * size, part.count * size);
+}
+
+// Everything short that an item touches, asked for while the item before it runs: each piece alone
+// would wait for memory. The state is long and streams by itself.
+void ask_ahead(const Item& item) {
+  const DeltaShape& s = item.layer.shape;
+  const DeltaSequence& sequence = item.sequence;
+  const int64_t channels = delta_channels(s);
+  constexpr int64_t kFloat = sizeof(float);
+  for (int64_t j = 0; j < s.taps; ++j) {
+    for (const Section& part : item.sections) {
+      ask(item.layer.conv_weight + j * channels + part.channel, part.count * kFloat);
+    }
+  }
+  for (int64_t j = 0; j < s.taps - 1; ++j) ask_row(item, sequence.window, j);
+  const int64_t written = sequence.speculative ? sequence.tokens : 0;
+  const int64_t pending = sequence.kept > written ? sequence.kept : written;
+  for (int64_t n = 0; n < pending; ++n) {
+    const float* token = sequence.pending + n * delta_pending_floats(s);
+    const float* d = token + s.key_heads * s.key_dim;
+    ask(token + item.head * s.key_dim, s.key_dim * kFloat);
+    ask(d + item.head * item.group * s.value_dim, item.group * s.value_dim * kFloat);
+    ask(d + s.value_heads * s.value_dim + item.head * item.group, item.group * kFloat);
+    ask_row(item, sequence.pending_window, n);
+  }
+}
+
 // Expected cost of an item: reading and writing the state, and the tokens. In a common unit.
 int64_t cost(const DeltaSequence& sequence) {
   return sequence.tokens || sequence.kept ? 10 + sequence.tokens : 0;
@@ -453,7 +496,17 @@ void forward(const DeltaLayer& layer, const DeltaBatch& batch, void* scratch, co
   int64_t per_head = 0;
   for (int64_t b = 0; b < batch.num_sequences; ++b) per_head += cost(batch.sequences[b]);
   const int64_t total = per_head * U;
-  int64_t before = 0;
+  const auto item_of = [&](int64_t u, int64_t b) {
+    return Item{layer, batch, batch.sequences[b], u, group, 2 * K + group * M,
+                {{0, u * K, K},
+                 {K, (U + u) * K, K},
+                 {2 * K, 2 * U * K + u * group * M, group * M}}};
+  };
+  // The item before the one at hand: it runs when it is known what comes after it.
+  int64_t before = 0, waiting_u = -1, waiting_b = 0;
+  const auto run_waiting = [&](const float* next) {
+    if (waiting_u >= 0) run_item(item_of(waiting_u, waiting_b), x, batch.step_tokens, next);
+  };
   for (int64_t u = 0; u < U; ++u) {
     for (int64_t b = 0; b < batch.num_sequences; ++b) {
       const DeltaSequence& sequence = batch.sequences[b];
@@ -462,14 +515,13 @@ void forward(const DeltaLayer& layer, const DeltaBatch& batch, void* scratch, co
       const bool mine = own && (2 * before + own) * team.threads / (2 * total) == team.thread;
       before += own;
       if (!mine) continue;
-      const Section sections[3] = {{0, u * K, K},
-                                   {K, (U + u) * K, K},
-                                   {2 * K, 2 * U * K + u * group * M, group * M}};
-      const Item item = {layer, batch, sequence, u, group, 2 * K + group * M,
-                         {sections[0], sections[1], sections[2]}};
-      run_item(item, x, batch.step_tokens);
+      if (sequence.tokens) ask_ahead(item_of(u, b));
+      run_waiting(sequence.state + u * group * K * M);
+      waiting_u = u;
+      waiting_b = b;
     }
   }
+  run_waiting(nullptr);
 }
 
 }  // namespace

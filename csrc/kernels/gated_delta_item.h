@@ -35,9 +35,10 @@ int64_t delta_step_work(const DeltaShape& shape);
 int64_t delta_chunk_work(const DeltaShape& shape);
 
 // Run value head `w` (0 .. r-1) of the block token by token. First the `kept` updates are applied
-// to `state` [K][M]; then the block's tokens, which change `state` unless `speculative`.
+// to `state` [K][M]; then the block's tokens, which change `state` unless `speculative`. `next`: the
+// state that is read after this one, asked for while this one is in the cache; or null.
 void delta_step(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* updates,
-                int64_t kept, bool speculative);
+                int64_t kept, bool speculative, const float* next);
 
 // The same for a whole block solved at once. `products` says whether the block's K K^T and Q K^T
 // have still to be made: once for all value heads.

@@ -44,10 +44,11 @@ inline void store(Vec v, float* p, int j, int tail) {
 // One sweep over K rows of V vectors of columns from c on; the last vector has `tail` columns where
 // kTail. `count` updates, one after another, give dst = alpha src + k d^T (without any, nothing is
 // written). kRead: sums of k_next^T and q_next^T times the new state. kFar: src is still in memory.
+// `next`: rows to ask for meanwhile, as far apart as those of src.
 template <int V, bool kTail, bool kRead, bool kFar>
 void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64_t dst_stride,
            int64_t c, int tail, const DeltaUpdate* updates, int64_t count, const float* k_next,
-           const float* q_next, Sums<V>* sums) {
+           const float* q_next, Sums<V>* sums, const float* next = nullptr) {
   Vec ks[V], qs[V];
   for (int j = 0; j < V; ++j) ks[j] = qs[j] = Vec::zero();
   for (int64_t i = 0; i < rows; ++i) {
@@ -56,6 +57,10 @@ void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64
       // Whole rows, for the columns to come as well: memory is read fastest in order.
       const float* ahead = from + kAhead * src_stride;
       for (int64_t j = 0; j < src_stride; j += kLine) __builtin_prefetch(ahead + j);
+    }
+    if (!kFar && next) {
+      const float* row = next + i * src_stride;
+      for (int64_t j = 0; j < src_stride; j += kLine) __builtin_prefetch(row + j, 0, 2);
     }
     Vec s[V];
     for (int j = 0; j < V; ++j) s[j] = load<V, kTail>(from, j, tail);
@@ -103,7 +108,7 @@ void finish(const DeltaBlock& block, int64_t w, int64_t t, const Sums<V>& sums, 
 // All tokens of one value head for V vectors of columns from c on.
 template <int V, bool kTail>
 void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* updates,
-          int64_t kept, bool speculative, int64_t c, int tail) {
+          int64_t kept, bool speculative, const float* next_state, int64_t c, int tail) {
   const int64_t K = block.key_dim, M = block.value_dim, T = block.tokens;
   constexpr int64_t kWidth = V * Vec::width;
   float* base = state + c;
@@ -123,14 +128,16 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
   const int64_t dst_stride = speculative ? kWidth : M;
   for (int64_t t = 0; t < T; ++t) {
     const int64_t at = w * kDeltaChunk + t, next = t + 1;
+    // Once is enough, and the rows lie as those of the first sweep did.
+    const float* far = t == 0 && c == 0 ? next_state : nullptr;
     const DeltaUpdate update = {block.k + t * K, block.d + at * M, block.alpha[at]};
     if (next < T) {
       sweep<V, kTail, true, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
-                                   block.k + next * K, block.q + next * K, &sums);
+                                   block.k + next * K, block.q + next * K, &sums, far);
       finish<V, kTail>(block, w, next, sums, c, tail);
     } else if (!speculative) {
       sweep<V, kTail, false, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
-                                    nullptr, nullptr, &sums);
+                                    nullptr, nullptr, &sums, far);
     }
     src = dst;
     src_stride = dst_stride;
@@ -144,17 +151,17 @@ int64_t delta_step_work(const DeltaShape& shape) {
 }
 
 void delta_step(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* updates,
-                int64_t kept, bool speculative) {
+                int64_t kept, bool speculative, const float* next) {
   const int64_t M = block.value_dim;
   int64_t c = 0;
   for (; c + kVectors * Vec::width <= M; c += kVectors * Vec::width) {
-    walk<kVectors, false>(block, w, state, updates, kept, speculative, c, Vec::width);
+    walk<kVectors, false>(block, w, state, updates, kept, speculative, next, c, Vec::width);
   }
   for (; c + Vec::width <= M; c += Vec::width) {
-    walk<1, false>(block, w, state, updates, kept, speculative, c, Vec::width);
+    walk<1, false>(block, w, state, updates, kept, speculative, next, c, Vec::width);
   }
   if (c < M) {
-    walk<1, true>(block, w, state, updates, kept, speculative, c, static_cast<int>(M - c));
+    walk<1, true>(block, w, state, updates, kept, speculative, next, c, static_cast<int>(M - c));
   }
 }
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from benchmarks.speculation_prompts import CLASSES
 
-from benchmarks import overhead, speculation
+from benchmarks import overhead, speculation, speculation_steps
 from qnext import LLM, save_model
 from qnext.config import ModelConfig
 from qnext.cost import parameters
 from qnext.engine import drafting as drafting_module
 from qnext.engine.engine import Engine
 from qnext.engine.speculative import MAX_DRAFTS
+from qnext.errors import RequestError
 from qnext.model.model import CausalLM, initialise
 from qnext.model.native import NativeModel
 
@@ -179,14 +180,40 @@ def test_findings_hold_the_promises_against_the_numbers():
     assert "less than 1.3" in others[1]
 
 
+def test_the_parts_of_a_step_are_those_of_the_native_call(llm):
+    if not isinstance(llm.model, NativeModel):
+        with pytest.raises(RequestError, match="native kernels do not run this model"):
+            speculation_steps.measure(llm, CLASSES["stories"], batch=1, rounds=1, max_tokens=12)
+        return
+    times = speculation_steps.measure(llm, CLASSES["stories"], batch=2, rounds=1, max_tokens=16)
+    assert list(times) == list(range(MAX_DRAFTS + 1))
+    for drafts, one in times.items():
+        assert 0.0 < one.forward < one.whole
+        assert 0.0 < one.around < one.whole
+        assert (one.draft > 1e-6) == (drafts > 0)
+    first, second, *_ = speculation_steps.result_rows(times, 2, "tiny")
+    assert first["what"] == "Batch 2, no drafts"
+    assert "accepted" not in first["value"]
+    gain = 2 * times[0].whole / times[1].whole
+    assert f"so at most {gain:.2f}x if every draft were accepted" in second["value"]
+
+
+def test_answers_too_short_for_a_step_with_drafts_are_said_to_be(llm):
+    if not isinstance(llm.model, NativeModel):
+        pytest.skip("needs the native kernels")
+    with pytest.raises(RequestError, match="no step of 1 sequences had"):
+        speculation_steps.measure(llm, CLASSES["stories"], batch=1, rounds=1, max_tokens=2)
+
+
 def test_a_model_without_a_head_is_refused(tmp_path, tiny_folder, tiny_config, capsys):
     for file in tiny_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     headless = CausalLM(replace(tiny_config, num_mtp_layers=0))
     initialise(headless, seed=0)
     save_model(headless, tmp_path)
-    assert speculation.main(["--model", str(tmp_path)]) == 2
-    assert "this model has no MTP head to draft with" in capsys.readouterr().err
+    for program in (speculation, speculation_steps):
+        assert program.main(["--model", str(tmp_path)]) == 2
+        assert "this model has no MTP head to draft with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qnext import native
@@ -18,6 +19,7 @@ from qnext.bench.cases import Case, chunks
 from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
+from qnext.engine.native_sampler import chooser_of
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.runner import Work
 from qnext.errors import RequestError
@@ -81,10 +83,12 @@ class Subject:
                 "--context or --tokens."
             )
 
-    def open(self, cases: Sequence[Case]) -> list["OurSession"]:
+    def open(self, cases: Sequence[Case], *, is_choosing: bool = True) -> list["OurSession"]:
         """Sessions for cases that will be run in turn; they share one cache.
 
-        The sessions of an earlier call can no longer be used.
+        The sessions of an earlier call can no longer be used. ``is_choosing``: steps of few rows
+        are the engine's steps of plain decoding, one native call that also chooses tokens and
+        leaves no logits; otherwise they are its general steps, which return logits.
         """
         for case in cases:
             self.check(case)
@@ -102,7 +106,7 @@ class Subject:
         _fill(runner.cache.kv, generator)
         sessions, first = [], 0
         for case in cases:
-            sessions.append(OurSession(runner, case, first, generator))
+            sessions.append(OurSession(runner, case, first, generator, is_choosing=is_choosing))
             first += case.sequences * -(-case.length // PAGE_SIZE)
         return sessions
 
@@ -111,7 +115,13 @@ class OurSession:
     """One case on a runner; its sequences own slots and pages of their own."""
 
     def __init__(
-        self, runner: NativeRunner, case: Case, first_page: int, generator: torch.Generator
+        self,
+        runner: NativeRunner,
+        case: Case,
+        first_page: int,
+        generator: torch.Generator,
+        *,
+        is_choosing: bool,
     ) -> None:
         self.runner, self.case, self._generator = runner, case, generator
         each = -(-case.length // PAGE_SIZE)
@@ -119,6 +129,12 @@ class OurSession:
         self._pages = [
             range(first_page + i * each, first_page + (i + 1) * each) for i in range(case.sequences)
         ]
+        self._lanes = []
+        if is_choosing and case.kind != "prefill":
+            self._lanes = [
+                _lane(runner, slot, pages, is_drafting=case.kind == "verify")
+                for slot, pages in zip(self._slots, self._pages, strict=True)
+            ]
         saved = runner.cache.save(self._slots[0])
         recurrent, conv = torch.empty_like(saved.recurrent), torch.empty_like(saved.conv)
         if case.context:
@@ -149,12 +165,48 @@ class OurSession:
 
     def step(self) -> None:
         ids = self._ids[self._done % self.case.steps]
-        with self.runner.alone():
-            if self.case.kind == "prefill":
-                self._prefill(ids)
-            else:
-                self._decode(ids)
+        if self._lanes:
+            self._advance(ids)
+        else:
+            with self.runner.alone():
+                if self.case.kind == "prefill":
+                    self._prefill(ids)
+                else:
+                    self._decode(ids)
         self._done += 1
+
+    @property
+    def _kept(self) -> int:
+        """Tokens of the running step that stay: of drafts one, two, ... all in turn."""
+        case = self.case
+        return 1 + self._done % case.rows if case.kind == "verify" else case.rows
+
+    def _advance(self, ids: list[list[int]]) -> None:
+        """The call of ``NativeRunner.advance``, with tokens and drafts from outside."""
+        model, cache = self.runner.native, self.runner.deferred
+        vocabulary = model.config.vocab_size
+        decoder, is_verifying = cache.decoder, self.case.kind == "verify"
+        hidden = np.empty((len(ids) * self.case.rows, model.config.hidden_size), dtype=np.float32)
+        model.module.advance(
+            decoder,
+            model.drafting(vocabulary),
+            self._lanes,
+            [own[:1] for own in ids],
+            [cache.length(slot) for slot in self._slots],
+            [cache.kept[slot] for slot in self._slots],
+            [own[1:] for own in ids],
+            0,
+            hidden,
+            None,
+            vocabulary,
+            -1.0,
+            0.0,
+            model.invariant,
+        )
+        self._experts += decoder.experts_read
+        kept = self._kept
+        for slot in self._slots:
+            cache.advance(slot, kept, speculative=is_verifying)
 
     def _decode(self, ids: list[list[int]]) -> None:
         case, runner = self.case, self.runner
@@ -171,9 +223,7 @@ class OurSession:
         ]
         runner.forward(works).argmax(-1).tolist()
         self._experts += runner.native.decoder.experts_read
-        # Of drafts one, two, ... all are accepted in turn.
-        kept = 1 + self._done % case.rows if case.kind == "verify" else case.rows
-        runner.keep([kept] * case.sequences)
+        runner.keep([self._kept] * case.sequences)
 
     def _prefill(self, ids: list[list[int]]) -> None:
         runner, start = self.runner, 0
@@ -194,6 +244,18 @@ class OurSession:
             runner.keep([rows] * len(works))
             start += rows
         logits.argmax(-1).tolist()
+
+
+def _lane(runner: NativeRunner, slot: int, pages: Sequence[int], *, is_drafting: bool) -> Any:
+    """A greedy answer without an end."""
+    pending = runner.deferred.pending_of(slot) if is_drafting else 0
+    chooser = chooser_of(
+        SamplingParams(temperature=0.0), seed=0, prompt_ids=(), stop_ids=(), bad_words=()
+    )
+    return runner.native.module.Lane(
+        chooser=chooser, slot=slot, first=1, pending=pending, max_tokens=1 << 30,
+        pages=list(pages),
+    )  # fmt: skip
 
 
 class _Timed:

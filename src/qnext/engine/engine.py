@@ -288,6 +288,9 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Run one batch; returns the events of all requests that made visible progress."""
+        if self.lanes is not None and not self._cancelled and self.lanes.ready():
+            self.steps += 1
+            return self._run_lanes(self.lanes)
         with self.runner.alone():
             return self._step()
 
@@ -299,7 +302,7 @@ class Engine:
         self._cancelled.clear()
         self.drafter.catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
         events = [self._end(sequence, reason) for sequence, reason in gone]
-        if self.lanes is not None and self.lanes.ready():
+        if self.lanes is not None and gone and self.lanes.ready():
             events.extend(self._run_lanes(self.lanes))
             self.steps += 1
             return events
@@ -340,14 +343,16 @@ class Engine:
             events.append(tell(sequence, (), reason))
 
         ended, due = lanes.step(told)
-        if due is not None:
-            self.drafter.draft([s for s in self.scheduler.running if s not in ended], due)
-        if ended:
-            self.drafter.catch_up(
-                [sequence for sequence in ended if self._leaves_snapshot(sequence)]
-            )
-            for sequence in ended:
-                self._end_quietly(sequence)
+        # Only what follows knows tensors; a plain step goes without asking PyTorch for anything.
+        if due is not None or ended:
+            with self.runner.alone():
+                if due is not None:
+                    self.drafter.draft([s for s in self.scheduler.running if s not in ended], due)
+                self.drafter.catch_up(
+                    [sequence for sequence in ended if self._leaves_snapshot(sequence)]
+                )
+                for sequence in ended:
+                    self._end_quietly(sequence)
         return events
 
     def _run(self, items: Sequence[Item]) -> list[Event]:

@@ -4,6 +4,9 @@ The engine's general step goes through rows of logits and looks at every request
 want. Most steps of most servers need none of that: nobody waits, every prompt has run, and what is
 left is to run, choose, accept and draft. ``Lanes`` recognises such a step and does it in one call
 (``csrc/lane.h``); the numbers, and so the tokens, are those of the general step.
+
+A step of a large model streams its weights through every cache, so Python begins each time with
+nothing in them: what counts here is how many different functions and objects a step touches.
 """
 
 from collections.abc import Callable
@@ -78,16 +81,20 @@ class Lanes:
         elif policy.limit:
             wanted, is_quiet = self._ask(running), False
         native = wanted if wanted and not runner.is_behind(running) else 0
-        started = perf_counter()
+        started = perf_counter() if policy.limit else 0.0
         lanes, want_logits = [], False
         for s in running:
-            lanes.append(runner.lane_of(s))
-            want_logits = want_logits or s.request.params.logprobs is not None
+            lane = s.lane
+            if lane is None or s.lane_pages != len(s.pages):
+                lane = runner.lane_of(s)
+            lanes.append(lane)
+            if s.request.params.logprobs is not None:
+                want_logits = True
         found, logits = runner.advance(
             running, lanes, wanted=native, defined_ids=self.defined_ids,
             tie_bound=self.tie_bound, least_share=policy.least_share, want_logits=want_logits,
         )  # fmt: skip
-        drafted = {len(s.drafts) for s in running}
+        drafted: set[int] = set()
         ended, row = [], 0
         for s, (tokens, accepted, tried, close, why, drafts, _) in zip(running, found, strict=True):
             count = len(tokens)
@@ -99,16 +106,20 @@ class Lanes:
             if top is not None:
                 assert logits is not None
                 logprobs = logprobs_of(logits[row : row + count], tokens, [top] * count)
-            row += 1 + len(s.drafts)
-            if s.drafts:
-                s.drafted += len(s.drafts)
-                s.accepted += accepted
-                policy.note(s.request.id, tried, accepted)
+            if policy.limit:
+                tested = len(s.drafts)
+                drafted.add(tested)
+                row += tested
+                if tested:
+                    s.drafted += tested
+                    s.accepted += accepted
+                    policy.note(s.request.id, tried, accepted)
+            row += 1
             s.drafts = drafts
             reason = REASONS[why]
             counts = s.counts
             for token in tokens:
-                counts[token] += 1
+                counts[token] = counts.get(token, 0) + 1
             told(s, reason, logprobs)
             if reason is not None:
                 ended.append(s)

@@ -53,19 +53,20 @@ class NativeRunner(Runner):
         max_drafts: int = 0,
     ) -> None:
         self.native = model
-        self._deferred = DeferredCache(
+        self.deferred = DeferredCache(
             model,
             num_slots=num_slots,
             num_pages=num_pages,
             num_pending=num_speculative,
             most_pending=max_drafts + 1 if num_speculative else 0,
         )
-        self._set_up(self._deferred, track_mtp=track_mtp)
+        self._set_up(self.deferred, track_mtp=track_mtp)
         self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
         """Of the last ``advance``: its forward, choosing tokens, drafting."""
         # Hidden rows [B, D] of the last steps, each of one token of these slots. Most are dropped
         # unread, so they are told apart when they are read.
         self._backlog: dict[int, list[Any]]
+        self._unread = np.empty((0, model.config.hidden_size), dtype=np.float32)
         self._run_slots: list[int] = []
         self._run_rows: list[np.ndarray] = []
 
@@ -146,7 +147,7 @@ class NativeRunner(Runner):
             )  # fmt: skip
             lane = sequence.lane = self.native.module.Lane(
                 chooser=chooser, slot=slot, first=sequence.mtp_first,
-                pending=self._deferred.pending_of(slot), max_tokens=sequence.max_tokens,
+                pending=self.deferred.pending_of(slot), max_tokens=sequence.max_tokens,
                 pages=sequence.pages,
             )  # fmt: skip
             sequence.lane_pages = len(sequence.pages)
@@ -174,19 +175,32 @@ class NativeRunner(Runner):
         """
         self._own_backlog()
         self._step_rows = 0
-        cache, config = self._deferred, self.native.config
-        slots = [s.slot for s in running if s.slot is not None]
-        rows = len(running) + sum([len(s.drafts) for s in running])
-        hidden = np.empty((rows, config.hidden_size), dtype=np.float32)
+        cache, config = self.deferred, self.native.config
+        slots, starts, kept = [], [], []
+        outputs, drafts = [], []
+        rows = len(running)
+        for s in running:
+            slot = s.slot
+            assert slot is not None
+            slots.append(slot)
+            starts.append(s.done)
+            kept.append(cache.kept[slot])
+            outputs.append(s.output_ids)
+            drafts.append(s.drafts)
+            rows += len(s.drafts)
+        hidden = self._unread
+        if self.track_mtp or rows > len(hidden):
+            # Kept for the MTP layer, or room for the steps to come.
+            hidden = self._unread = np.empty((rows, config.hidden_size), dtype=np.float32)
         logits = np.empty((rows, config.vocab_size), dtype=np.float32) if want_logits else None
         found, *seconds = self.native.module.advance(
             cache.decoder,
             self.native.drafting(defined_ids),
             lanes,
-            [s.output_ids for s in running],
-            [s.done for s in running],
-            [cache.kept[slot] for slot in slots],
-            [s.drafts for s in running],
+            outputs,
+            starts,
+            kept,
+            drafts,
             wanted,
             hidden,
             logits,
@@ -218,7 +232,7 @@ class NativeRunner(Runner):
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         self._own_backlog()
-        cache = self._deferred
+        cache = self.deferred
         starts = _starts(works)
         cache.begin(
             [Piece(work.slot, len(work.ids), work.start, work.speculative) for work in works]
@@ -276,7 +290,7 @@ class NativeRunner(Runner):
         """
         table, pages = _table(works, _starts(works), [(work.first, 0, False, 0) for work in works])
         return self.native.module.propose(
-            self._deferred.decoder,
+            self.deferred.decoder,
             self.native.drafting(defined_ids),
             [self.lane_of(sequence) for sequence in sequences],
             [sequence.output_ids for sequence in sequences],
@@ -295,7 +309,7 @@ class NativeRunner(Runner):
         out = torch.empty(starts[-1], self.native.config.hidden_size)
         logits = torch.empty(len(works), self.native.config.vocab_size)
         rows = np.array(starts[1:], dtype=np.int32) - 1
-        self._deferred.decoder.forward_mtp(
+        self.deferred.decoder.forward_mtp(
             ids=np.array([token for work in works for token in work.ids], dtype=np.int32),
             sequences=sequences,
             pages=pages,

@@ -86,8 +86,9 @@ def is_untold(sequence: Running) -> bool:
 
 def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None) -> Event:
     """Add sampled tokens, and what is forced behind them, to an answer; the event about it."""
-    sequence.output_ids.extend(emitted)
-    sequence.counts.update(emitted)
+    if emitted:
+        sequence.output_ids.extend(emitted)
+        sequence.counts.update(emitted)
     if reason is not None:
         sequence.ends = reason
     elif emitted and sequence.guide is not None:

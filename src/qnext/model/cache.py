@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qnext.config import ModelConfig
+from qnext.model.large_pages import ask_for_large_pages
 from qnext.model.view import CacheView, Capture, rounds_of
 from qnext.ops import Ops, Segments, select
 
@@ -72,19 +73,23 @@ class HybridCache:
         attention_layers = len(config.attention_layers) + config.num_mtp_layers
         delta_layers = len(config.delta_layers)
         heads = config.linear_num_value_heads
-        self.kv = torch.zeros(
+        self.kv = torch.empty(
             num_pages, attention_layers, 2, page_size, config.num_key_value_heads, config.head_dim,
             dtype=dtype, device=device,
         )  # fmt: skip
-        self.recurrent = torch.zeros(
+        self.recurrent = torch.empty(
             delta_layers, num_slots, heads, config.linear_key_head_dim,
             config.linear_value_head_dim, dtype=torch.float32, device=device,
         )  # fmt: skip
-        self.conv = torch.zeros(
+        self.conv = torch.empty(
             delta_layers, num_slots, config.linear_conv_kernel_dim - 1, config.conv_channels,
             dtype=dtype, device=device,
         )  # fmt: skip
         self.last_hidden = torch.zeros(num_slots, config.hidden_size, dtype=dtype, device=device)
+        memory = (self.kv, self.recurrent, self.conv)
+        ask_for_large_pages(memory)
+        for tensor in memory:
+            tensor.zero_()
         self._lengths = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._open_view: CacheView | None = None

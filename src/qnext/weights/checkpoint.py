@@ -6,9 +6,7 @@ of the stacked parameter. So the peak is the model itself plus a few dozen megab
 stays mapped afterwards.
 """
 
-import ctypes
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -26,6 +24,7 @@ from torch import Tensor
 from qnext.config import DTYPES as MODEL_DTYPES
 from qnext.config import ModelConfig
 from qnext.errors import BackendError, CheckpointError
+from qnext.model.large_pages import ask_for_large_pages
 from qnext.model.model import CausalLM
 from qnext.ops import Ops, OpSpec, select
 from qnext.weights.folder import (
@@ -120,8 +119,7 @@ def load_model(
     if packed is not None:
         _say_it_is_unpacked(packed, model)
     model.to_empty(device=place)
-    if place.type == "cpu":
-        _ask_for_large_pages(model)
+    ask_for_large_pages(model.parameters())
     if packed is None:
         _fill(model, sources, block)
     else:
@@ -129,25 +127,6 @@ def load_model(
     _check_values(model, folder)
     model.source_folder = folder
     return model.eval()
-
-
-def _ask_for_large_pages(model: CausalLM) -> None:
-    """Advise Linux to back the parameters, not yet written, with pages of 2 MiB where they fit.
-
-    Small models are read from the caches so fast that looking up pages of 4 KiB takes a good part
-    of the time. It is advice: a system that declines changes nothing but the speed.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    page = mmap.PAGESIZE
-    for parameter in model.parameters():
-        # Whole pages around each: neighbours then form one region without gaps.
-        first = parameter.data_ptr() // page * page
-        end = parameter.data_ptr() + parameter.numel() * parameter.element_size()
-        if end - first >= page:
-            madvise(first, -(-(end - first) // page) * page, mmap.MADV_HUGEPAGE)
 
 
 @torch.no_grad()
