@@ -238,7 +238,7 @@ def test_conversations_that_are_too_long_leave_no_hole(prepared: Path) -> None:
     # Whole conversations leave gaps, but nothing like the third that is theirs.
     assert mine / total == pytest.approx(0.3, abs=0.08)
     assert padded / total < 0.08
-    with pytest.raises(DataError, match="c: all .* conversations are longer than a micro-batch"):
+    with pytest.raises(DataError, match=r"c: all .* conversations are longer than a micro-batch"):
         mixture(prepared, micro_tokens=16, row_tokens=16)
 
 
