@@ -29,6 +29,7 @@ from tqdm import tqdm
 from benchmarks.harness import write_result
 from benchmarks.speculation import add_rounds, interval, parsed
 from qnext import LLM, native
+from qnext.engine import ruled
 from qnext.engine.engine import Engine
 from qnext.engine.guide import Guide
 from qnext.engine.masks_ahead import MasksAhead
@@ -76,12 +77,12 @@ QUESTIONS = ("Tell me a story about a kite.", "Why is it dark at night?", "Count
 
 
 class Stopwatch:
-    """Seconds spent in some methods while it runs; calls inside one another count once.
+    """Seconds spent in some functions while it runs; calls inside one another count once.
 
     ``everywhere`` counts those of other threads too, which are never in them at the same time.
     """
 
-    def __init__(self, *places: tuple[type, str], everywhere: bool = False) -> None:
+    def __init__(self, *places: tuple[Any, str], everywhere: bool = False) -> None:
         self.places = places
         self._thread = None if everywhere else threading.get_ident()
         self.seconds = 0.0
@@ -129,7 +130,7 @@ def mask_share(
     engine, steps = _engine(llm, batch, 0), []
     watches = {
         "masks": (
-            (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"),
+            (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"), (ruled, "choose_again"),
             (MasksAhead, "begin"), (Future, "result"),
         ),
         "llguidance": tuple(

@@ -88,7 +88,7 @@ LESSONS = {
     "template_stories_chat": 3, "tinystories_chat": 5, "picture_books_chat": 1,
     "smalltalk_chat": 4, "self_dialogue_chat": 3, "factbook_chat": 1, "wordnet_chat": 1,
     "fairytale_qa_chat": 2, "instructions_chat": 1, "tools_chat": 7, "recall_chat": 1,
-    "needles_chat": 7,
+    "needles_chat": 3, "long_needles_chat": 32,
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def recipe() -> Recipe:
             Stage(
                 name="SFT",
                 data=_mixture({**LESSONS, **REPLAY}),
-                tokens=11_000_000,
+                tokens=12_640_000,
                 elastic=True,
                 schedule=Schedule(peak=0.36 * rate, shape="linear", final=0.02),
                 row_tokens=4096,

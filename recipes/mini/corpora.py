@@ -68,7 +68,7 @@ TOKENIZER_SHARES = {
 MADE = {
     "sums": 10000, "worked": 7000, "problems": 7000, "recall": 3000, "copies": 2500,
     "template_stories": 3000, "smalltalk": 600, "needles": 1200, "short_needles": 5000,
-    "needles_chat": 1500,
+    "needles_chat": 1500, "long_needles_chat": 700,
 }  # fmt: skip
 """Generated documents per source."""
 
@@ -91,6 +91,7 @@ def plan(data: Path, evaluation: Path | None = None) -> Plan:
         made.append(_generated(name, make, MADE[name]))
     for name, least, ratio in (
         ("needles", 2500, 5.5), ("short_needles", 150, 18.0), ("needles_chat", 1200, 12.0),
+        ("long_needles_chat", 13_000, 1.6),
     ):  # fmt: skip
         found = _needles(data, name, least, ratio, everything=not name.endswith("_chat"))
         made.append(Source(name=name, licence=licence_of(sources.source("textbooks")),

@@ -224,6 +224,24 @@ def test_conversations_are_never_cut(prepared: Path) -> None:
                 assert tuple(batch.ids[low:high].tolist()) in whole
 
 
+def test_conversations_that_are_too_long_leave_no_hole(prepared: Path) -> None:
+    data = mixture(prepared, micro_tokens=256)
+    assert data.dropped["c"] > len(data.shards["c"]) // 6, "the test wants many left out"
+    total = mine = padded = 0
+    for step in range(8):
+        for batch in data.micro_batches(step):
+            starts = batch.cu_seqlens
+            for name, low, high in zip(batch.sources, starts, starts[1:], strict=False):
+                mine += (high - low) * (name == "c")
+            total += 256
+            padded += batch.padding
+    # Whole conversations leave gaps, but nothing like the third that is theirs.
+    assert mine / total == pytest.approx(0.3, abs=0.08)
+    assert padded / total < 0.08
+    with pytest.raises(DataError, match=r"c: all .* conversations are longer than a micro-batch"):
+        mixture(prepared, micro_tokens=16, row_tokens=16)
+
+
 def test_packing_carries_remainders() -> None:
     pieces = [Piece("a", n, 0, 700) for n in range(10)]
     packed = pack(pieces, 7, 1000)

@@ -164,15 +164,23 @@ class Guide:
 
     def allows(self, token: int, drafts: Sequence[int] = ()) -> bool:
         """Whether a token may follow the answer and these drafts: a bit of their mask."""
+        said = self.says(token, drafts)
+        if said is None:
+            mask = self.mask(drafts)
+            return mask is None or _has(mask, token)
+        return said
+
+    def says(self, token: int, drafts: Sequence[int] = ()) -> bool | None:
+        """``allows`` where it can be said without a mask; else None."""
         frame = self._settled(drafts)
-        if frame.is_open and not frame.has_mask and token not in self._special:
-            matcher = self._ruling(frame)
-            self._shorten(len(drafts) + 1)
-            if matcher is not None and matcher.accepts(token):
-                return True
-            # Around a grammar's text the format may allow it.
-        mask = self._mask(frame)
-        return mask is None or _has(mask, token)
+        if not frame.is_open or frame.has_mask or token in self._special:
+            return None
+        matcher, state = self._ruling(frame), frame.state
+        self._shorten(len(drafts) + 1)
+        if matcher is not None and matcher.accepts(token):
+            return True
+        # Around a grammar's text the format may allow it.
+        return False if state.region == "tool" or _is_under_way(state) else None
 
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""

@@ -17,6 +17,9 @@ from qnext.engine.guide import Guide
 from qnext.engine.request import SamplingParams
 from qnext.engine.sampler import SampleRow
 
+TRIES = 6
+"""Tokens tried in the order of their scores before the mask is found after all."""
+
 
 class Choose(Protocol):
     """``sampler.choose``, or the same in native code."""
@@ -63,6 +66,59 @@ def mask_before(
     return guide.mask(drafts)
 
 
+def _is_plain(row: SampleRow) -> bool:
+    """Whether the largest logit is what is chosen."""
+    return row.params.temperature == 0.0 and not row.is_adjusted
+
+
+def _best_allowed(
+    scores_V: np.ndarray, guide: Guide, drafts: Sequence[int], tie_bound: float | None
+) -> tuple[int, tuple[int, ...]] | None:
+    """The largest allowed score and a rival of it, tried in order; None if that takes too long.
+
+    Of equal scores the lower id comes first, as everywhere.
+    """
+    left_V, best, least = scores_V.copy(), None, np.float32(0.0)
+    for _ in range(TRIES):
+        token = int(left_V.argmax())
+        score = left_V[token]
+        if best is not None and not score >= least:
+            return best, ()
+        said = guide.says(token, drafts)
+        if said is None:
+            return None
+        if said and best is not None:
+            return best, (token,)
+        if said:
+            best = token
+            if tie_bound is None:
+                return best, ()
+            least = score - max(abs(score), np.float32(1.0)) * np.float32(tie_bound)
+        left_V[token] = -np.inf
+    return None
+
+
+def choose_again(
+    choose: Choose,
+    logits: Tensor,
+    row: SampleRow,
+    rules: Ruled,
+    *,
+    defined_ids: int,
+    tie_bound: float | None,
+) -> tuple[int, object]:
+    """Token and rivals of a row [1, V] whose first choice is refused, or may be a near-tie."""
+    guide, drafts, _ = rules
+    if logits.device.type == "cpu" and _is_plain(row):
+        scores_V = logits[0, :defined_ids].float().numpy()
+        best = _best_allowed(scores_V, guide, drafts, tie_bound)
+        if best is not None:
+            return best
+    row.mask = guide.mask(drafts)
+    [token], [others] = choose(logits, [row], defined_ids=defined_ids, tie_bound=tie_bound)
+    return token, others
+
+
 def choose_ruled(
     choose: Choose,
     logits: Tensor,
@@ -89,10 +145,10 @@ def choose_ruled(
         if rows[r].mask is None and (
             rivals[r] or not (tokens[r] == draft or guide.allows(tokens[r], drafts))
         ):
-            rows[r].mask = guide.mask(drafts)
-            [tokens[r]], [rivals[r]] = choose(
-                logits[r : r + 1], rows[r : r + 1], defined_ids=defined_ids, tie_bound=tie_bound
-            )
+            tokens[r], rivals[r] = choose_again(
+                choose, logits[r : r + 1], rows[r], rules,
+                defined_ids=defined_ids, tie_bound=tie_bound,
+            )  # fmt: skip
         if draft is not None and tokens[r] != draft:
             dropped = guide
     return tokens, rivals

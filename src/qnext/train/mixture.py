@@ -110,20 +110,31 @@ class Piece:
 
 
 class Stream:
-    """One source as an endless sequence of tokens: all documents in a new order each epoch."""
+    """One source as an endless sequence of tokens: all documents in a new order each epoch.
 
-    def __init__(self, name: str, shard: Shard, key: Sequence[int | str]) -> None:
+    With ``longest``, all documents of at most so many tokens.
+    """
+
+    def __init__(
+        self, name: str, shard: Shard, key: Sequence[int | str], longest: int | None = None
+    ) -> None:
         self.name, self.shard, self._key = name, shard, [*key, name]
-        ends = shard.ends
-        self.lengths = np.diff(ends, prepend=0)
-        self.total = int(ends[-1])
+        self.lengths = np.diff(shard.ends, prepend=0)
+        fits = self.lengths <= (self.lengths.max() if longest is None else longest)
+        self.documents = np.flatnonzero(fits)
+        self.total = int(self.lengths[fits].sum())
+        if not self.total:
+            raise DataError(
+                f"{name}: all {len(fits)} conversations are longer than a micro-batch of {longest} "
+                "tokens. Raise the stage's micro_tokens, or leave the source out."
+            )
         self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(documents in the order of this epoch, where each ends in its stream)."""
         if epoch not in self._orders:
-            permutation = generator(*self._key, epoch).permutation(len(self.lengths))
-            self._orders[epoch] = permutation, np.cumsum(self.lengths[permutation])
+            order = self.documents[generator(*self._key, epoch).permutation(len(self.documents))]
+            self._orders[epoch] = order, np.cumsum(self.lengths[order])
             while len(self._orders) > 2:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -169,19 +180,22 @@ class PackedMixture:
         total = sum(shares.values())
         self.shards = dict(shards)
         self.shares = {name: share / total for name, share in sorted(shares.items())}
-        self.streams = {n: Stream(n, self.shards[n], ("order", *seed)) for n in self.shares}
+        self.streams = {
+            n: Stream(n, self.shards[n], ("order", *seed), micro_tokens if n in whole else None)
+            for n in self.shares
+        }
         self.whole, self._seed = whole, seed
         self.row_tokens, self.micro_tokens = row_tokens, micro_tokens
         self.micro_batches_per_step = micro_batches
         self.dropped: dict[str, int] = {}
         """Documents of ``whole`` sources that are longer than a micro-batch, by source."""
-        for name in self.shares:
-            long = int((self.streams[name].lengths > micro_tokens).sum())
-            if name in whole and long:
+        for name, stream in self.streams.items():
+            long = len(stream.lengths) - len(stream.documents)
+            if long:
                 self.dropped[name] = long
                 _log.warning(
                     "%s: %d of %d conversations are longer than a micro-batch of %d tokens and "
-                    "are left out.", name, long, len(self.streams[name].lengths), micro_tokens,
+                    "are left out.", name, long, len(stream.lengths), micro_tokens,
                 )  # fmt: skip
         self._blocks: OrderedDict[int, list[list[Piece]]] = OrderedDict()
 
@@ -224,7 +238,7 @@ class PackedMixture:
             for piece in self.streams[name].between(start, stop, whole=name in self.whole):
                 if name not in self.whole:
                     pieces += _rows(piece, self.row_tokens)
-                elif len(piece) <= self.micro_tokens:
+                else:
                     pieces.append(piece)
         order = generator("pack", *self._seed, number).permutation(len(pieces))
         return pack([pieces[n] for n in order], BLOCK_MICRO_BATCHES, self.micro_tokens, self.whole)
