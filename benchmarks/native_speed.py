@@ -247,11 +247,13 @@ def _measure_isa_levels(args: argparse.Namespace) -> dict[str, Any]:
 def _peers_without_avx512(args: argparse.Namespace) -> list[LlamaPeer]:
     if not args.avx2_llama:
         return []
-    peers = [LlamaPeer(one, _gguf(args, one), threads=args.threads) for one in LLAMA["int4"]]
-    system = peers[0].about()["system"]
+    # One format: without AVX-512 llama.cpp keeps a second, rearranged copy of each file in memory.
+    format = LLAMA["int4"][0]
+    peer = LlamaPeer(format, _gguf(args, format), threads=args.threads)
+    system = peer.about()["system"]
     if "AVX512" in system:
         raise SystemExit(f"--avx2-llama: that llama.cpp was built with AVX-512: {system}")
-    return peers
+    return [peer]
 
 
 def _measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
