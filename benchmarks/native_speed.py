@@ -80,14 +80,13 @@ def main() -> None:
         return
     wanted = args.only or (["int4"] if args.quick else [*BITS, "transformers"])
     _prepare(args, wanted)
-    found: dict[str, Any] = {}
     start = time.perf_counter()
     for name in wanted:
         for part in _parts_of(name, args):
             print(f"{time.perf_counter() - start:6.0f} s  {part}", flush=True)
-            found[part] = _in_a_process(part, args)
+            # At once: what comes later may be stopped.
+            _write({part: _in_a_process(part, args)}, args)
     print(f"{time.perf_counter() - start:6.0f} s  finished")
-    _write(found, args)
 
 
 def _parts_of(name: str, args: argparse.Namespace) -> list[str]:
@@ -247,11 +246,13 @@ def _measure_isa_levels(args: argparse.Namespace) -> dict[str, Any]:
 def _peers_without_avx512(args: argparse.Namespace) -> list[LlamaPeer]:
     if not args.avx2_llama:
         return []
-    peers = [LlamaPeer(one, _gguf(args, one), threads=args.threads) for one in LLAMA["int4"]]
-    system = peers[0].about()["system"]
+    # One format: without AVX-512 llama.cpp keeps a second, rearranged copy of each file in memory.
+    format = LLAMA["int4"][0]
+    peer = LlamaPeer(format, _gguf(args, format), threads=args.threads)
+    system = peer.about()["system"]
     if "AVX512" in system:
         raise SystemExit(f"--avx2-llama: that llama.cpp was built with AVX-512: {system}")
-    return peers
+    return [peer]
 
 
 def _measure_kernels(args: argparse.Namespace) -> dict[str, Any]:

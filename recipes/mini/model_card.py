@@ -168,6 +168,8 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
         "wordings often fail.\n"
         "- Greedy decoding sometimes repeats itself in stories; the defaults sample.\n"
         "- It answers in simple English only and writes no code.\n"
+        "- It takes longer texts than it was trained on, through YaRN, but what stands in them it "
+        "finds only up to about its trained length.\n"
         "- Books of the nineteenth and early twentieth century and crowd-written small talk are "
         "part of its text; a word list kept slurs out, nothing kept out the views of their time.",
         "## Data and licences",

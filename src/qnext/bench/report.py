@@ -93,8 +93,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every case in turn; in each, qnext and the peers in turn within every repetition."""
     found = []
-    subject.touch()
     for case in cases:
+        # What was read for an earlier case may have been put out of memory since.
+        subject.touch()
         sessions: dict[str, Session] = {OURS: subject.open([case])[0]}
         settings: dict[str, Peer] = {}
         for peer in peers:
