@@ -6,6 +6,9 @@ The server is a process of its own, the engine runs in this one; both see the sa
 same order, so that their prefix caches agree. Time to the first token is that of one client; tokens
 per second are those of ``--streams`` answers at once, in HTTP from as many connections, from the
 question to the end. Answers are long, because what their beginning costs is the first figure.
+
+The engine's own rate makes text of every step as it comes, as ``LLM.stream`` does. The server makes
+text of what it hands over together, so it may be the faster of the two.
 """
 
 import argparse

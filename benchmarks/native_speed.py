@@ -80,14 +80,13 @@ def main() -> None:
         return
     wanted = args.only or (["int4"] if args.quick else [*BITS, "transformers"])
     _prepare(args, wanted)
-    found: dict[str, Any] = {}
     start = time.perf_counter()
     for name in wanted:
         for part in _parts_of(name, args):
             print(f"{time.perf_counter() - start:6.0f} s  {part}", flush=True)
-            found[part] = _in_a_process(part, args)
+            # At once: what comes later may be stopped.
+            _write({part: _in_a_process(part, args)}, args)
     print(f"{time.perf_counter() - start:6.0f} s  finished")
-    _write(found, args)
 
 
 def _parts_of(name: str, args: argparse.Namespace) -> list[str]:
