@@ -157,7 +157,7 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         (runner, "keep", "keep"),
         (scheduler, "plan", "plan"),
         (engine, "_choose", "sample"),
-        (drafting_module, "sample", "sample"),
+        (drafting_module, "choose", "sample"),
         (engine, "step", "accept and report"),
     ]
     decoder = module = None

@@ -93,7 +93,7 @@ def test_nothing_is_left_of_the_stopwatch(runners, kind):
 
     def found() -> tuple[object, ...]:
         native_parts = getattr(model, "decoder", None), getattr(model, "module", None)
-        return engine._choose, drafting_module.sample, *native_parts
+        return engine._choose, drafting_module.choose, *native_parts
 
     before = found()
     with overhead.watched(engine):
