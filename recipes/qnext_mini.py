@@ -13,6 +13,7 @@ is longer than 4,096 tokens; YaRN is to carry the model to four times as many.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from recipes.mini import corpora
@@ -91,6 +92,10 @@ LESSONS = {
     "needles_chat": 3, "long_needles_chat": 32,
 }  # fmt: skip
 
+LONG = {
+    **LESSONS, **{name: 2 * share for name, share in REPLAY.items()}, "long_needles_chat": 40,
+}  # fmt: skip
+
 
 def plan(data: Path) -> Plan:
     """The data: what is read, under which licence, and what is made by rule."""
@@ -162,5 +167,29 @@ def recipe() -> Recipe:
                 row_tokens=4096,
                 objectives=Objectives(mtp_weights=(0.1,), balance=2e-3),
             ),
+            _long(),
         ),
+    )
+
+
+def extension() -> Recipe:
+    """The last stage alone, on the weights of a finished model."""
+    return replace(
+        recipe(), model={}, start="src/qnext/models/qnext-mini", stages=(_long(),), save_every=50
+    )
+
+
+def _long() -> Stage:
+    """Sharper attention, learnt on rows of the trained length: a softmax over four times as many
+    keys still picks the one that is asked for.
+    """
+    return Stage(
+        name="LONG",
+        data=_mixture(LONG),
+        tokens=4_200_000,
+        schedule=Schedule(peak=6e-4, warmup=0.04, shape="linear", decay_from=0.04, final=0.02),
+        row_tokens=4096,
+        objectives=Objectives(mtp_weights=(0.1,), balance=2e-3),
+        rope=Rope(sharpness=2.0),
+        report=NeedleReport(lengths=(4096, 16384)),
     )

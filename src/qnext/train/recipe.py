@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 import types
@@ -177,6 +178,13 @@ class Rope:
     yarn_factor: float | None = None
     """Context extension; the trained length is the model's limit so far."""
     max_position_embeddings: int | None = None
+    sharpness: float | None = None
+    """Factor on the gains of the query norms, once, when the stage begins: what a query looks for
+    then keeps its weight among more keys than rows have."""
+
+    def __post_init__(self) -> None:
+        if self.sharpness is not None and not 0 < self.sharpness < math.inf:
+            raise RecipeError(f"rope.sharpness: expected more than 0, found {self.sharpness}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

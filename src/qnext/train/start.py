@@ -106,3 +106,23 @@ def with_rope(config: ModelConfig, change: Rope) -> ModelConfig:
         )
     limit = change.max_position_embeddings or config.max_position_embeddings
     return replace(config, rope=rope, max_position_embeddings=limit)
+
+
+@torch.no_grad()
+def sharpen(model: CausalLM, factor: float) -> None:
+    """Multiply the gains of the query norms of all layers before the MTP head, in place.
+
+    Logits of attention grow by the same factor. Raises RecipeError for a model whose queries have
+    no norm.
+    """
+    gains = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith("model.") and name.endswith("self_attn.q_norm.weight")
+    ]
+    if not gains:
+        raise RecipeError("rope.sharpness: this model has no query norms. Leave it out.")
+    # The gain is 1 + weight where norms are zero-centred.
+    offset = 1.0 if model.config.is_hybrid else 0.0
+    for gain in gains:
+        gain.add_(offset).mul_(factor).sub_(offset)

@@ -33,7 +33,7 @@ from qnext.train.optim import GradientNorms, OptimiserState, rate_at
 from qnext.train.plan import Budget, planned_again, steps_of
 from qnext.train.probe import MASSIVE, look
 from qnext.train.recipe import Recipe, Stage
-from qnext.train.start import open_sources, start_config, start_model, with_rope
+from qnext.train.start import open_sources, sharpen, start_config, start_model, with_rope
 from qnext.train.step import StepResult, compute
 from qnext.train.telemetry import (
     Loads,
@@ -199,7 +199,7 @@ class Trainer:
         at.stage, at.stage_step, at.entered = at.stage + 1, 0, False
         self.flagged = False
         if at.stage < len(self.recipe.stages):
-            self._apply_stage()
+            self._apply_stage(begins=True)
             self.optimiser.change(self.recipe.optimiser_of(at.stage))
             # Another mixture has another loss: what was usual there says nothing here.
             self.guard.losses, self.guard.norms, self.guard.flagged = [], [], []
@@ -428,7 +428,7 @@ class Trainer:
         at.plan = steps_of(self.recipe.stages, self.budget, speeds, self.say)
         self.log.cut(0)
         self._write_recipe()
-        self._apply_stage()
+        self._apply_stage(begins=True)
         self._event(
             "start",
             plan=at.plan,
@@ -524,12 +524,14 @@ class Trainer:
         )
         self._event("plan", plan=at.plan, slower=round(slower, 3))
 
-    def _apply_stage(self) -> None:
-        """Put a stage's rope into force."""
+    def _apply_stage(self, *, begins: bool = False) -> None:
+        """Put a stage's rope into force; where it ``begins`` also what it does to weights once."""
         rope = self.recipe.stages[self.position.stage].rope
         if rope is not None:
             self.config = with_rope(self.config, rope)
             self.model.config = self.config
+            if begins and rope.sharpness is not None:
+                sharpen(self.model, rope.sharpness)
 
     def _report(self, when: str) -> None:
         stage = self.recipe.stages[self.position.stage]
