@@ -6,7 +6,7 @@ import pytest
 from tests.train.tiny_runs import Counting, tiny_recipe
 
 from qnext.errors import RecipeError
-from qnext.train.recipe import Guard, Optimiser, Schedule, changed, load_recipe
+from qnext.train.recipe import Guard, Optimiser, Rope, Schedule, changed, load_recipe
 
 
 def test_settings_are_changed_by_their_dotted_names() -> None:
@@ -103,6 +103,8 @@ def test_contradictions_are_refused() -> None:
         Optimiser(betas=(0.9, 1.0))
     with pytest.raises(RecipeError, match="at least 1"):
         Guard(window=0)
+    with pytest.raises(RecipeError, match="sharpness: expected more than 0"):
+        Rope(sharpness=0.0)
     stage = tiny_recipe().stages[0]
     with pytest.raises(RecipeError, match="two have the name 'S1'"):
         tiny_recipe(stages=(stage, stage))

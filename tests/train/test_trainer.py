@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.train.tiny_runs import Counting, events, losses, tiny_recipe
 
 from qnext.errors import DataError, RecipeError, TokenizerError, TrainingError
@@ -75,6 +76,28 @@ def test_both_stages_run_and_the_rope_changes_between_them(whole: Path) -> None:
     # The checkpoint at the border belongs to the second stage already.
     assert borders["step-00000006"]["rope_theta"] == 50000.0
     assert borders["step-00000012"]["max_position_embeddings"] == 128
+
+
+def border_gains(run: Path) -> dict[str, torch.Tensor]:
+    """Query gains, 1 + weight, at the border between the stages."""
+    weights = load_file(run / "checkpoints" / "step-00000006" / "masters.safetensors")
+    return {n: 1 + w for n, w in weights.items() if n.endswith("self_attn.q_norm.weight")}
+
+
+def test_attention_is_sharpened_once_where_a_stage_begins(tmp_path: Path, whole: Path) -> None:
+    recipe = changed(tiny_recipe(), ["stages.S2.rope.sharpness=2.5"])
+    train(recipe, tmp_path / "sharp")
+    plain, sharp = border_gains(whole), border_gains(tmp_path / "sharp")
+    assert len(plain) == 2, "one full-attention layer and the MTP head's"
+    for name, gain in plain.items():
+        factor = 1.0 if "mtp." in name else 2.5
+        torch.testing.assert_close(sharp[name], factor * gain)
+    found, before = losses(tmp_path / "sharp"), losses(whole)
+    assert [found[step] == before[step] for step in range(1, 8)] == 6 * [True] + [False]
+    stopped(recipe, tmp_path / "run", 6)
+    train(recipe, tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == found
+    assert weights(tmp_path / "run") == weights(tmp_path / "sharp")
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
