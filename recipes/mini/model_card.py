@@ -4,8 +4,9 @@
         --data .data/qnext-mini/data --evaluation MODEL/evaluation.json
 
 Every number comes from a file that a command wrote: the run's recipe and log, the summary of the
-prepared data, and the record and pictures of ``qnext eval mini``. The head of the record becomes
-the table of the README (``docs/results/qnext_mini.json``).
+prepared data, and the record and pictures of ``qnext eval mini``. What is said of the training
+goes into MODEL/training.json, which a run that starts from this model continues (``--continues``).
+The head of the evaluation becomes the table of the README (``docs/results/qnext_mini.json``).
 """
 
 import argparse
@@ -60,27 +61,47 @@ def rows(header: tuple[str, ...], body: list[tuple[Any, ...]]) -> str:
     return "\n".join(lines)
 
 
-def stages(log: list[dict[str, Any]]) -> str:
-    """Tokens, steps and time of each stage, and its last losses."""
-    body = []
-    begun, began = 0, 0.0
+def history(run: Path, before: Path | None) -> dict[str, Any]:
+    """How the model was trained: what ``before`` says (a training.json), and then this run.
+
+    Keys: ``stages`` (steps, tokens, minutes and last loss of each), ``shares`` (stage -> source ->
+    share of its tokens), ``notes`` (what settings do not say: RUN/notes.txt).
+    """
+    found: dict[str, Any] = {"stages": [], "shares": {}, "notes": []}
+    if before is not None:
+        found = read_json(before, "git checkout")
+    recorded = read_json(run / "recipe.json", "qnext train")
+    for stage in recorded.get("recipe", recorded)["stages"]:
+        mixture = stage["data"]["shares"]
+        total = sum(mixture.values())
+        found["shares"][stage["name"]] = {name: share / total for name, share in mixture.items()}
+    log, ended = read_log(run / "log.jsonl"), 0
     for name in dict.fromkeys(line["stage"] for line in log):
         mine = [line for line in log if line["stage"] == name]
-        seconds = sum(sum(line["seconds"].values()) for line in mine)
         tail = mine[-max(1, len(mine) // 20) :]
-        loss = sum(line["loss"] for line in tail) / len(tail)
-        tokens = mine[-1]["tokens"] - begun
-        begun = mine[-1]["tokens"]
-        began += seconds
-        body.append((name, f"{len(mine):,}", f"{tokens:,}", f"{seconds / 60:.0f}", f"{loss:.3f}"))
-    body.append(("all", f"{len(log):,}", f"{begun:,}", f"{began / 60:.0f}", ""))
+        found["stages"].append({
+            "stage": name,
+            "steps": len(mine),
+            "tokens": mine[-1]["tokens"] - ended,
+            "minutes": round(sum(sum(line["seconds"].values()) for line in mine) / 60, 1),
+            "loss": round(sum(line["loss"] for line in tail) / len(tail), 3),
+        })  # fmt: skip
+        ended = mine[-1]["tokens"]
+    notes = run / "notes.txt"
+    if notes.is_file():
+        found["notes"] += notes.read_text(encoding="utf-8").strip().split("\n\n")
+    return found
+
+
+def stages(found: list[dict[str, Any]]) -> str:
+    """Tokens, steps and time of each stage, and its last losses."""
+    sums = {key: sum(one[key] for one in found) for key in ("steps", "tokens", "minutes")}
+    body = [
+        (one["stage"], f"{one['steps']:,}", f"{one['tokens']:,}", f"{one['minutes']:.0f}",
+         f"{one['loss']:.3f}" if "loss" in one else "")
+        for one in [*found, {"stage": "all", **sums}]
+    ]  # fmt: skip
     return rows(("stage", "steps", "tokens", "minutes", "loss at its end"), body)
-
-
-def notes(run: Path) -> list[str]:
-    """What happened to this run that its settings do not say, if anything did: RUN/notes.txt."""
-    path = run / "notes.txt"
-    return [path.read_text(encoding="utf-8").strip()] if path.is_file() else []
 
 
 def data_table(summary: dict[str, Any], shares: dict[str, dict[str, float]]) -> str:
@@ -91,16 +112,6 @@ def data_table(summary: dict[str, Any], shares: dict[str, dict[str, float]]) -> 
         said = ", ".join(parts) or "prepared, not used"
         body.append((name, row["text"], f"{row['tokens']:,}", said, row["attribution"]))
     return rows(("source", "licence", "tokens", "share of the stages", "attribution"), body)
-
-
-def shares_of(recipe: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Stage -> source -> share of its tokens."""
-    found = {}
-    for stage in recipe["stages"]:
-        mixture = stage["data"]["shares"]
-        total = sum(mixture.values())
-        found[stage["name"]] = {name: share / total for name, share in mixture.items()}
-    return found
 
 
 def samples(answers: list[dict[str, Any]]) -> str:
@@ -116,20 +127,18 @@ def samples(answers: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
-    """The text of README.md."""
+def card(model: Path, trained: dict[str, Any], data: Path, evaluation: Path) -> str:
+    """The text of README.md; ``trained`` as ``history`` makes it."""
     config = ModelConfig.from_file(model)
     total = cost.parameters(config)
     summary = read_json(data / "prepared.json", "qnext data prepare")
     record = read_json(evaluation, "qnext eval mini --out")
-    recorded = read_json(run / "recipe.json", "qnext train")
-    recipe = recorded.get("recipe", recorded)
     pictures = [
         f"![{path.stem.replace('_', ' ')}]({path.name})"
-        for path in (model / "curves.png", model / "thinking_budget.png", model / "needles.png")
+        for path in (*sorted(model.glob("curves*.png")), model / "thinking_budget.png",
+                     model / "needles.png")
         if path.is_file()
-    ]
-    log_lines = read_log(run / "log.jsonl")
+    ]  # fmt: skip
     left_out = sum(row["contaminated"] for row in summary["sources"].values())
     sections = [
         "# qnext-mini",
@@ -150,8 +159,8 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
             ("context", f"{config.max_position_embeddings} tokens"),
         ]),
         "## Training",
-        stages(log_lines),
-        *notes(run),
+        stages(trained["stages"]),
+        *trained["notes"],
         "Commands, from the repository root:",
         "```\n" + COMMANDS.format(
             policy=summary["policy"], vocabulary=config.vocab_size
@@ -178,7 +187,7 @@ def card(model: Path, run: Path, data: Path, evaluation: Path) -> str:
         "was cut into pieces, typographic quotes were made plain, unsuitable pieces were dropped, "
         "and questions were formed from dictionary and country entries; these are changes in the "
         "sense of the CC BY licence.",
-        data_table(summary, shares_of(recipe)),
+        data_table(summary, trained["shares"]),
         "CC BY 4.0: https://creativecommons.org/licenses/by/4.0/. CDLA-Sharing-1.0: "
         "https://cdla.dev/sharing-1-0/. The authors of the single picture books are named in the "
         "Global African Storybook Project collections "
@@ -266,10 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.mini.model_card", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--run", type=Path, default=Path("runs/qnext-mini"))
+    parser.add_argument("--continues", type=Path, metavar="TRAINING.json",
+                        help="record of the model that the run started from")  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path(".data/qnext-mini/data"))
     parser.add_argument("--evaluation", type=Path, required=True, help="made by qnext eval mini")
     options = parser.parse_args(arguments)
-    text = card(options.model, options.run, options.data, options.evaluation)
+    trained = history(options.run, options.continues)
+    text = card(options.model, trained, options.data, options.evaluation)
+    record_file = json.dumps(trained, indent=1) + "\n"
+    (options.model / "training.json").write_text(record_file, encoding="utf-8")
     (options.model / "README.md").write_text(text, encoding="utf-8")
     record = read_json(options.evaluation, "qnext eval mini --out")
     first = read_json(RESULTS / "qnext_mini_first.json", "git checkout")

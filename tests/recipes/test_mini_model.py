@@ -107,6 +107,7 @@ def test_folder_is_complete_and_small_enough(folder):
         "thinking_budget.png",
         "needles.png",
         "evaluation.json",
+        "training.json",
         "certificate.md",
     }
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_BYTES

@@ -154,9 +154,20 @@ def test_the_card_is_written_from_files(tmp_path: Path) -> None:
                   {"prompt": "Hi", "text": "Hello!", "finish_reason": "stop"}]}}}  # fmt: skip
     (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
     model = resolve_model("qnext-mini")
-    text = model_card.card(model, run, data, tmp_path / "record.json")
+    trained = model_card.history(run, None)
+    text = model_card.card(model, trained, data, tmp_path / "record.json")
     assert "| factbook | CC0 1.0 | 7 | S1-text 1.0 %" in text
     assert "| SFT | 2 | 200 | 2 | 1.000 |" in text
     assert "> Hello!" in text
     with pytest.raises(DataError, match="qnext data prepare"):
-        model_card.card(model, run, tmp_path, tmp_path / "record.json")
+        model_card.card(model, trained, tmp_path, tmp_path / "record.json")
+    # A run that starts from this model adds its own stage, and what is to be told of it.
+    (tmp_path / "training.json").write_text(json.dumps(trained), encoding="utf-8")
+    (run / "recipe.json").write_text(json.dumps(qnext_mini.extension().as_dict()), encoding="utf-8")
+    (run / "log.jsonl").write_text(json.dumps(lines[-1] | {"stage": "LONG"}), encoding="utf-8")
+    (run / "notes.txt").write_text("One.\n\nTwo.\n", encoding="utf-8")
+    longer = model_card.history(run, tmp_path / "training.json")
+    assert longer["notes"] == ["One.", "Two."]
+    text = model_card.card(model, longer, data, tmp_path / "record.json")
+    assert "| SFT | 2 | 200 | 2 | 1.000 |\n| LONG | 1 | 400 | 1 | 1.000 |" in text
+    assert "| all | 5 | 800 | 5 |  |" in text

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 from tests.train.tiny_runs import Counting, events, losses, tiny_recipe
 
+from qnext.config import ModelConfig
 from qnext.errors import DataError, RecipeError, TokenizerError, TrainingError
 from qnext.train import state
 from qnext.train.plan import Budget
 from qnext.train.recipe import Guard, Recipe, changed
+from qnext.train.start import start_config
 from qnext.train.step import StepResult
 from qnext.train.telemetry import read_log
 from qnext.train.trainer import Trainer
+from qnext.weights.folder import resolve_model
 from qnext.weights.shards import checksum
 
 
@@ -443,6 +446,12 @@ def test_a_run_can_start_from_a_model_folder(tmp_path: Path, tiny_folder: Path, 
         trainer.model.named_parameters(), tiny_model.parameters(), strict=True
     ):
         assert torch.equal(mine, theirs), name
+
+
+def test_a_run_that_starts_from_a_packed_model_is_not_packed() -> None:
+    recipe = tiny_recipe(model={}, start=str(resolve_model("qnext-mini")))
+    assert "quantization_config" in ModelConfig.from_file(str(recipe.start)).to_dict()
+    assert "quantization_config" not in start_config(recipe).to_dict()
 
 
 # -- reports around stages -------------------------------------------------------------------------

@@ -28,7 +28,10 @@ def start_config(recipe: Recipe) -> ModelConfig:
             "model: the weights come from the folder in start, and so does the configuration. "
             "Leave model empty, or leave start out."
         )
-    return replace(ModelConfig.from_file(recipe.start), dtype=recipe.dtype)
+    found = ModelConfig.from_file(recipe.start)
+    # Packed weights are unpacked to be trained; what comes out is not packed.
+    source = {key: value for key, value in found.source.items() if key != "quantization_config"}
+    return replace(found, dtype=recipe.dtype, source=source)
 
 
 def start_model(recipe: Recipe, config: ModelConfig) -> CausalLM:
