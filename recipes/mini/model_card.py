@@ -177,8 +177,8 @@ def card(model: Path, trained: dict[str, Any], data: Path, evaluation: Path) -> 
         "wordings often fail.\n"
         "- Greedy decoding sometimes repeats itself in stories; the defaults sample.\n"
         "- It answers in simple English only and writes no code.\n"
-        "- It takes longer texts than it was trained on, through YaRN, but what stands in them it "
-        "finds only up to about its trained length.\n"
+        "- No row of its training was longer than 4,096 tokens; longer texts work through YaRN and "
+        "are measured with needles alone.\n"
         "- Books of the nineteenth and early twentieth century and crowd-written small talk are "
         "part of its text; a word list kept slurs out, nothing kept out the views of their time.",
         "## Data and licences",
