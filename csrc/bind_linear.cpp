@@ -89,7 +89,7 @@ void linear(const std::string& format, Array<const uint8_t> data, Array<const fl
     int64_t begin, end;
     team.range(last - first, kTileRows, &begin, &end);
     kernels.multiply(w, prepared, count, rows, n, out.data(), w.rows, first + begin, first + end,
-                     scratch + bytes * team.thread);
+                     scratch + bytes * team.thread, nullptr);
   });
 }
 

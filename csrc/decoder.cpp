@@ -24,7 +24,6 @@ constexpr int64_t kManyRows = 32;
 constexpr int64_t kSharedRows = 256;
 // What a waiting thread asks for at most: it stays in the second-level cache until it is read.
 constexpr int64_t kSoonBytes = 128 * 1024;
-constexpr int64_t kFirstLines = 64;
 
 // Memory on 64-byte lines that only grows. Its content is undefined after growing. Large ones ask
 // for large pages: looking up small ones takes time.
@@ -227,12 +226,8 @@ struct Decoder::Work {
                      Team& team, const void* next = nullptr) {
     if (first >= last || !count) return;
     void* space = scratch[team.thread].reserve(linear->scratch_bytes(w, count));
-    // Where this thread reads next: a stream of weights starts slowly.
-    for (int64_t i = 0; next && i < kFirstLines; ++i) {
-      __builtin_prefetch(static_cast<const char*>(next) + i * 64, 0, 2);
-    }
     linear->multiply(w, for_matrix(w, from), prepared_rows, index, count, out, ldo, first, last,
-                     space);
+                     space, next);
   }
 
   // act[i][32 * tile ...] = silu(gate x) * (up x) for tiles [first, last) of one feed-forward.

@@ -62,11 +62,12 @@ struct LinearKernels {
 
   // out[i][r] = sum_c W[r][c] x[index[i]][c] for i < count and first <= r < last; index null means
   // the identity. `prepared_rows` is the count given to prepare. first and last are multiples of 32
-  // (or rows). ldo is the row stride of out in floats; scratch is this thread's.
+  // (or rows). ldo is the row stride of out in floats; scratch is this thread's. `next`: what this
+  // thread reads after it, whose beginning is asked for meanwhile; or null.
   // A result depends on its row of W and its row of x alone: not on count, index or the threads.
   void (*multiply)(const Matrix& w, const void* prepared, int64_t prepared_rows,
                    const int32_t* index, int64_t count, float* out, int64_t ldo, int64_t first,
-                   int64_t last, void* scratch);
+                   int64_t last, void* scratch, const void* next);
 };
 
 QNEXT_FAMILY(LinearKernels, linear_kernels)

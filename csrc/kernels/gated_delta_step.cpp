@@ -18,6 +18,8 @@ constexpr int kVectors = 8;
 constexpr int kVectors = 4;
 #endif
 
+constexpr int kHalf = 4;  // for narrow heads: still as many chains of additions as hide their latency
+
 constexpr int64_t kAhead = 16;  // rows: far enough to hide memory, near enough to stay in L1
 constexpr int kLine = 16;       // floats
 
@@ -156,6 +158,11 @@ void delta_step(const DeltaBlock& block, int64_t w, float* state, const DeltaUpd
   int64_t c = 0;
   for (; c + kVectors * Vec::width <= M; c += kVectors * Vec::width) {
     walk<kVectors, false>(block, w, state, updates, kept, speculative, next, c, Vec::width);
+  }
+  if constexpr (kVectors > kHalf) {
+    for (; c + kHalf * Vec::width <= M; c += kHalf * Vec::width) {
+      walk<kHalf, false>(block, w, state, updates, kept, speculative, next, c, Vec::width);
+    }
   }
   for (; c + Vec::width <= M; c += Vec::width) {
     walk<1, false>(block, w, state, updates, kept, speculative, next, c, Vec::width);

@@ -190,11 +190,13 @@ int64_t scratch_bytes(const Matrix& w, int64_t count) {
 }
 
 void multiply(const Matrix& w, const void* prepared, int64_t, const int32_t* index, int64_t count,
-              float* out, int64_t ldo, int64_t first, int64_t last, void* scratch) {
+              float* out, int64_t ldo, int64_t first, int64_t last, void* scratch,
+              const void* next) {
   if (count <= 0 || first >= last) return;
   if (w.format == Format::q8 || w.format == Format::q4) {
-    multiply_quant(w, prepared, index, count, out, ldo, first, last, scratch);
+    multiply_quant(w, prepared, index, count, out, ldo, first, last, scratch, next);
   } else {
+    if (next) ask_for_first(next);
     multiply_dense(w, prepared, index, count, out, ldo, first, last);
   }
 }

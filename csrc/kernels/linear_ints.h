@@ -19,6 +19,9 @@ inline Ints everywhere(const void* p) {
   return _mm512_set1_epi32(x);
 }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
+inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+// gcc 12 would load weights again for every row of activations: loads are what is scarce.
+inline void hold(Bytes& b) { __asm__("" : "+v"(b)); }
 // Written as assembly because gcc 12 spills the sums of the intrinsic when there are many.
 inline Ints dot4(Ints sum, Bytes w, Ints a) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
@@ -60,6 +63,8 @@ inline Ints everywhere(const void* p) {
   return _mm256_set1_epi32(x);
 }
 inline Ints no_ints() { return _mm256_setzero_si256(); }
+inline Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline void hold(Bytes&) {}
 inline Bytes low(Bytes b) { return _mm256_and_si256(b, _mm256_set1_epi8(15)); }
 inline Bytes high(Bytes b) {
   return _mm256_and_si256(_mm256_srli_epi16(b, 4), _mm256_set1_epi8(15));
@@ -156,6 +161,10 @@ inline Ints everywhere(const void* p) {
   return r;
 }
 inline Ints no_ints() { return {}; }
+inline Ints plus(Ints a, Ints b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
 inline Ints dot4(Ints sum, Bytes w, const char* a) {
   int8_t x[4];
   memcpy(x, a, 4);
@@ -168,6 +177,7 @@ inline Ints dot4(Ints sum, Bytes w, const char* a) {
 inline Ints group4(Ints sum, Bytes w, Ints a) {
   return dot4(sum, w, reinterpret_cast<const char*>(a.v));
 }
+inline void hold(Bytes&) {}
 inline Bytes low(Bytes b) {
   for (int i = 0; i < kLanes * 4; ++i) b.v[i] &= 15;
   return b;

@@ -9,11 +9,11 @@ namespace {
 
 // Vectors of rows and rows of activations that are computed together: their sums are registers.
 #if defined(QNEXT_ISA_avx512)
-constexpr int kVectors = 2, kTokens = 8;
+constexpr int kVectors = 2, kTokens = 8, kFewSums = 8;
 #elif defined(QNEXT_ISA_scalar)
-constexpr int kVectors = 2, kTokens = 1;
+constexpr int kVectors = 2, kTokens = 1, kFewSums = 0;
 #else
-constexpr int kVectors = 2, kTokens = 4;
+constexpr int kVectors = 2, kTokens = 4, kFewSums = 4;
 #endif
 constexpr int kParts = static_cast<int>(kTileRows) / (kVectors * kLanes);
 
@@ -37,6 +37,7 @@ struct Task {
   float* const* out;     // of every row of x, at the first row of the tile
   int rows;              // of the tiles that exist
   Ahead ahead;
+  int64_t far;  // bytes from a line of weights to the one that is asked for, where they stream
 };
 
 // The outputs lie far apart: without this every store would wait for memory at the end.
@@ -69,11 +70,14 @@ void store(const Task& task, int part, const Floats (&sum)[V][T]) {
 // Weights stream through a panel too fast for the processor's own prefetcher; ask for those this
 // far ahead. Where they pass once they are not to stay in a cache: there is better use for it.
 constexpr int64_t kAhead = 4096;
+// Small tiles are asked for whole, one or more ahead, and behind the last ones those of the product
+// that follows: a small expert ends before a stream of its own has begun.
+constexpr int64_t kSmallTile = 12 * 1024, kTilesAhead = 8 * 1024;
 constexpr int kStays = kParts == 1 ? 0 : 3;
 template <int lines>
-inline void stream(const uint8_t* w) {
+inline void stream(const uint8_t* w, int64_t far) {
 #pragma GCC unroll 16
-  for (int i = 0; i < lines; ++i) __builtin_prefetch(w + kAhead + i * 64, 0, kStays);
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(w + far + i * 64, 0, kStays);
 }
 
 inline Floats scale_of(const char* x, int64_t scales, int64_t block) {
@@ -88,6 +92,8 @@ void panel_bytes(const Task& task, int part) {
   // Bytes of four activations; what else a group holds comes after its 16.
   constexpr int64_t kQuad = kGroup == kGroupQ4 ? 4 : kGroup / 4;
   constexpr int tiles = V * kLanes > kTileRows ? 2 : 1, per_tile = V / tiles;
+  // Few rows have few sums, and each waits for its last addition: so every sum is several.
+  constexpr int kChains = V * T > kFewSums ? 1 : V * T > 2 ? 2 : 4;
   const QuantRow& at = *task.at;
   Ahead ahead = task.ahead;
   const char* x[T];
@@ -112,14 +118,18 @@ void panel_bytes(const Task& task, int part) {
     }
     const int64_t first = block * 16;
     const int64_t end = first + 16 < at.groups ? first + 16 : at.groups;
-    Ints acc[V][T];
+    Ints acc[kChains][V][T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[v][t] = everywhere(x[t] + at.starts + block * 4);
+      for (int v = 0; v < V; ++v) {
+        acc[0][v][t] = everywhere(x[t] + at.starts + block * 4);
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) acc[c][v][t] = no_ints();
+      }
     }
     for (int64_t group = first; group < end; ++group) {
-      if (kStream && part == 0) stream<8>(w[0]);
+      if (kStream && part == 0) stream<8>(w[0], task.far);
       ahead.ask();
       const int64_t k = group * kGroup;
 #pragma GCC unroll 4
@@ -128,12 +138,15 @@ void panel_bytes(const Task& task, int part) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
           b[v] = load_bytes(w[v / per_tile] + (v % per_tile) * kLanes * 4 + step * kTileRows * 4);
+          hold(b[v]);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
           const char* a = x[t] + k + step * kQuad;
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[v][t] = dot4(acc[v][t], b[v], a);
+          for (int v = 0; v < V; ++v) {
+            acc[step % kChains][v][t] = dot4(acc[step % kChains][v][t], b[v], a);
+          };
         }
       }
 #pragma GCC unroll 2
@@ -149,7 +162,10 @@ void panel_bytes(const Task& task, int part) {
           factor = factor * Floats::load(reinterpret_cast<const float*>(d[v / per_tile]) +
                                          (v % per_tile) * kLanes);
         }
-        sum[v][t] = fma(to_floats(acc[v][t]), factor, sum[v][t]);
+        Ints all = acc[0][v][t];
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) all = plus(all, acc[c][v][t]);
+        sum[v][t] = fma(to_floats(all), factor, sum[v][t]);
       }
     }
   }
@@ -192,7 +208,7 @@ void panel_q4(const Task& task, int part) {
       for (int v = 0; v < kVectors; ++v) acc[v][t] = no_ints();
     }
     for (int64_t group = first; group < end; group += 2) {
-      if (kStream && part == 0) stream<9>(w);
+      if (kStream && part == 0) stream<9>(w, task.far);
       ahead.ask();
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
@@ -282,10 +298,18 @@ struct Job {
   float* out;
   int64_t ldo;
   int64_t tile_bytes;
+  int64_t tiles;        // where this product ends
+  const uint8_t* next;  // what is read after it, or null
 
   const char* x(int64_t i) const { return prepared + (index ? index[i] : i) * at.stride; }
   const uint8_t* tile(int64_t number) const {
     return static_cast<const uint8_t*>(w.data) + number * tile_bytes;
+  }
+  int64_t far(int64_t number) const {
+    if (tile_bytes > kSmallTile) return kAhead;
+    const int64_t then = number + (kTilesAhead + tile_bytes - 1) / tile_bytes;
+    if (then < tiles) return tile(then) - tile(number);
+    return next ? next + (then - tiles) * tile_bytes - tile(number) : 0;
   }
 };
 
@@ -308,7 +332,8 @@ void direct(const Job& job, int64_t tile, int rows, bool more) {
       out[i - i0] = job.out + i * job.ldo + tile * kTileRows;
     }
     const uint8_t* w = job.tile(tile);
-    Task task = {&job.at, {w + header}, {reinterpret_cast<const float*>(w)}, x, out, rows, {}};
+    Task task = {&job.at, {w + header}, {reinterpret_cast<const float*>(w)}, x, out, rows, {},
+                 job.far(tile)};
     const int tokens = static_cast<int>(i1 - i0);
     if (panels == 1) {
       panel_of<true>(tokens, job.w.format, task);
@@ -373,7 +398,7 @@ void wide(const Job& job, int64_t tile, int rows, bool more, uint8_t* scratch) {
   const bool q4 = job.w.format == Format::q4;
   const int64_t steps = job.at.groups / 2;
   const uint8_t* w[2] = {job.tile(tile), job.tile(tile + 1)};
-  Task task = {&job.at, {w[0], w[1]}, {}, nullptr, nullptr, rows, {}};
+  Task task = {&job.at, {w[0], w[1]}, {}, nullptr, nullptr, rows, {}, 0};
   if (q4) {
     const int64_t bytes = steps * 32 * kTileRows;
     for (int i = 0; i < 2; ++i) {
@@ -423,11 +448,13 @@ int64_t quant_scratch_bytes([[maybe_unused]] const Matrix& w, [[maybe_unused]] i
 
 void multiply_quant(const Matrix& w, const void* prepared, const int32_t* index, int64_t count,
                     float* out, int64_t ldo, int64_t first, int64_t last,
-                    [[maybe_unused]] void* scratch) {
+                    [[maybe_unused]] void* scratch, const void* next) {
+  const int64_t tiles = (last + kTileRows - 1) / kTileRows;
+  const int64_t tile_bytes = matrix_bytes(w.format, kTileRows, w.cols);
   const Job job = {w,     QuantRow(w.cols, w.format == Format::q4 ? kGroupQ4 : kGroupQ8),
                    static_cast<const char*>(prepared), index, count, out, ldo,
-                   matrix_bytes(w.format, kTileRows, w.cols)};
-  const int64_t tiles = (last + kTileRows - 1) / kTileRows;
+                   tile_bytes, tiles, static_cast<const uint8_t*>(next)};
+  if (next && (count > kTokens || tile_bytes > kSmallTile)) ask_for_first(next);
   int64_t tile = first / kTileRows;
 #if defined(QNEXT_ISA_avx512)
   if (use_wide(w, count)) {

@@ -51,11 +51,20 @@ constexpr int64_t kGroupQ8 = 32;
 constexpr int64_t kGroupQ8 = 16;
 #endif
 
+// A stream of weights starts slowly: its beginning is asked for while the one before it runs.
+static inline void ask_for_first(const void* next) {
+  constexpr int64_t kFirstLines = 64;
+  for (int64_t i = 0; i < kFirstLines; ++i) {
+    __builtin_prefetch(static_cast<const char*>(next) + i * 64, 0, 2);
+  }
+}
+
 // The parts of `multiply`, one per kind of weights.
 void multiply_dense(const Matrix& w, const void* prepared, const int32_t* index, int64_t count,
                     float* out, int64_t ldo, int64_t first, int64_t last);
 void multiply_quant(const Matrix& w, const void* prepared, const int32_t* index, int64_t count,
-                    float* out, int64_t ldo, int64_t first, int64_t last, void* scratch);
+                    float* out, int64_t ldo, int64_t first, int64_t last, void* scratch,
+                    const void* next);
 int64_t quant_scratch_bytes(const Matrix& w, int64_t count);
 
 }  // namespace qnext::QNEXT_ISA
