@@ -362,11 +362,7 @@ void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
       w.prepared_shared[f].reserve(w.linear->prepared_bytes(format, rows, shared));
     }
   }
-  w.attention_sequences.clear();
-  for (const Sequence& s : step.sequences) {
-    w.attention_sequences.push_back({s.row, s.tokens, s.before, s.first, s.pages});
-  }
-  w.attention_scratch.reserve(w.attention->scratch_bytes(attention_job(mtp_layer), threads));
+  reserve_attention(step, threads);
   w.start.resize(experts + 2);
   w.token.resize(rows * slots);
   w.pair_weight.resize(rows * slots);
@@ -374,6 +370,15 @@ void Decoder::reserve(const Step& step, int threads, bool is_mtp) {
   for (int64_t i = static_cast<int64_t>(w.identity.size()); i < most_index; ++i) {
     w.identity.push_back(static_cast<int32_t>(i));
   }
+}
+
+void Decoder::reserve_attention(const Step& step, int threads) {
+  Work& w = *work_;
+  w.attention_sequences.clear();
+  for (const Sequence& s : step.sequences) {
+    w.attention_sequences.push_back({s.row, s.tokens, s.before, s.first, s.pages});
+  }
+  w.attention_scratch.reserve(w.attention->scratch_bytes(attention_job(mtp_layer), threads));
 }
 
 void Decoder::forward(const Step& step, ThreadPool& pool) {
@@ -393,10 +398,68 @@ void Decoder::forward(const Step& step, ThreadPool& pool) {
   });
 }
 
+// The logit rows of a step by themselves: each is the last of its sequence.
+Step Decoder::last_rows(const Step& step) const {
+  Step last = step;
+  last.sequences.clear();
+  int64_t number = 0;
+  for (const Sequence& s : step.sequences) {
+    if (number == step.logit_count || step.logit_rows[number] != s.row + s.tokens - 1) continue;
+    Sequence one = s;
+    one.before += s.tokens - 1;
+    one.tokens = 1;
+    one.row = number++;
+    last.sequences.push_back(one);
+  }
+  last.rows = step.logit_count;
+  last.logit_rows = work_->identity.data();
+  return last;
+}
+
+// Keys and values of the rows of h, which is all that later rows want of most of them.
+void Decoder::leave_keys(const Layer& layer, int64_t rows, Team& team) {
+  Work& w = *work_;
+  w.norm->rms_norm(w.h.floats(0), rows, shape_.hidden, layer.input_norm, shape_.eps,
+                   w.normed.floats(0), team);
+  team.barrier();
+  w.prepare(bit(layer.k) | bit(layer.v), w.normed.floats(0), rows, shape_.hidden, w.prepared, team);
+  w.multiply(layer.k, rows, w.keys.floats(0), layer.k.rows, team, &layer.v);
+  w.multiply(layer.v, rows, w.values.floats(0), layer.v.rows, team);
+  team.barrier();
+  w.attention->append(attention_job(layer), w.attention_scratch.reserve(0), team);
+  team.barrier();
+}
+
+// One thread: the rows of `narrow` move to the front.
+void Decoder::go_on_with(const Step& wide, const Step& narrow) {
+  Work& w = *work_;
+  const auto move = [&](Buffer& rows, int64_t width, int64_t from, int64_t to) {
+    std::memmove(rows.floats(0) + to * width, rows.floats(0) + from * width,
+                 static_cast<size_t>(width) * 4);
+  };
+  for (int64_t i = 0; i < narrow.rows; ++i) {
+    const int64_t row = wide.logit_rows[i];
+    move(w.h, shape_.hidden, row, i);
+    move(w.cos, shape_.rotary, row, i);
+    move(w.sin, shape_.rotary, row, i);
+  }
+  w.attention_sequences.clear();
+  for (const Sequence& s : narrow.sequences) {
+    w.attention_sequences.push_back({s.row, s.tokens, s.before, s.first, s.pages});
+  }
+}
+
 // Row t of the MTP layer embeds token t and reads the main model's hidden row before it.
 void Decoder::forward_mtp(const Step& step, ThreadPool& pool) {
   reserve(step, pool.threads(), true);
   Work& w = *work_;
+  const bool narrows = step.only_last && step.rows > step.logit_count;
+  Step narrow;
+  if (narrows) {
+    narrow = last_rows(step);
+    reserve_attention(narrow, pool.threads());
+    reserve_attention(step, pool.threads());
+  }
   pool.run([&](Team& team) {
     const int64_t D = shape_.hidden;
     float* normed = w.normed.floats(0);
@@ -416,8 +479,15 @@ void Decoder::forward_mtp(const Step& step, ThreadPool& pool) {
     w.prepare(bit(mtp_fc), pair, step.rows, 2 * D, w.prepared, team);
     w.multiply(mtp_fc, step.rows, w.h.floats(0), D, team);
     team.barrier();
-    run_layer(mtp_layer, step, team, nullptr);
-    finish(step, mtp_norm, team);
+    if (narrows) {
+      leave_keys(mtp_layer, step.rows, team);
+      if (team.thread == 0) go_on_with(step, narrow);
+      team.barrier();
+    }
+    const Step& rest = narrows ? narrow : step;
+    if (!rest.rows) return;
+    run_layer(mtp_layer, rest, team, nullptr);
+    finish(rest, mtp_norm, team);
   });
 }
 

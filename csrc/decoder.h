@@ -105,6 +105,9 @@ struct Step {
   float* logits = nullptr;  // [logit_count][rows of the head]
   const Matrix* head = nullptr;  // another than the decoder's own
   bool invariant = false;   // same bits whatever the batch and the chunks
+  // MTP only: rows beside the logit rows, which are the last of their sequences, leave their keys and
+  // values and nothing else; hidden is [logit_count][D].
+  bool only_last = false;
   int32_t* routes = nullptr;  // [sparse layers][P][k] out: the experts that ran; may be null
 };
 
@@ -138,9 +141,13 @@ class Decoder {
  private:
   struct Work;
   void reserve(const Step& step, int threads, bool is_mtp);
+  void reserve_attention(const Step& step, int threads);
   void run_layer(const Layer& layer, const Step& step, Team& team, const Layer* next);
   void attention(const Layer& layer, const Step& step, Team& team);
   void delta(const Layer& layer, const Step& step, Team& team);
+  void leave_keys(const Layer& layer, int64_t rows, Team& team);
+  Step last_rows(const Step& step) const;
+  void go_on_with(const Step& wide, const Step& narrow);
   AttentionJob attention_job(const Layer& layer) const;
   DeltaLayer delta_layer(const Layer& layer) const;
   DeltaSequence delta_sequence(const Layer& layer, int64_t slot, int64_t pending) const;

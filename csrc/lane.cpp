@@ -173,9 +173,10 @@ void make_drafts(Decoder& decoder, const Step& fill, const DraftHead& head,
     drafting.push_back(static_cast<int64_t>(b));
     last.push_back(static_cast<int32_t>(s.row + s.tokens - 1));
   }
-  space.hidden.resize(static_cast<size_t>(fill.rows * D));
+  space.hidden.resize(drafting.size() * D);
   step.hidden = space.hidden.data();
   step.head = &head.matrix;
+  step.only_last = true;
   space.logits.resize(std::max(space.logits.size(), drafting.size() * rows));
   step.logits = space.logits.data();
   if (static_cast<int>(space.benches.size()) < pool.threads()) space.benches.resize(pool.threads());
@@ -215,7 +216,7 @@ void make_drafts(Decoder& decoder, const Step& fill, const DraftHead& head,
       s.before += s.tokens + depth;
       s.tokens = 1;
       s.row = static_cast<int64_t>(left.size());
-      const float* hidden = step.hidden + last[i] * D;
+      const float* hidden = step.hidden + i * D;
       source.insert(source.end(), hidden, hidden + D);
       ids.push_back(drafts[b]->back());
       sequences.push_back(s);

@@ -47,12 +47,18 @@ inline void store(Vec v, float* p, int j, int tail) {
 // kTail. `count` updates, one after another, give dst = alpha src + k d^T (without any, nothing is
 // written). kRead: sums of k_next^T and q_next^T times the new state. kFar: src is still in memory.
 // `next`: rows to ask for meanwhile, as far apart as those of src.
-template <int V, bool kTail, bool kRead, bool kFar>
+// kOne: count is 1, and what it needs of the update stays in registers.
+template <int V, bool kTail, bool kRead, bool kFar, bool kOne = false>
 void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64_t dst_stride,
            int64_t c, int tail, const DeltaUpdate* updates, int64_t count, const float* k_next,
            const float* q_next, Sums<V>* sums, const float* next = nullptr) {
   Vec ks[V], qs[V];
   for (int j = 0; j < V; ++j) ks[j] = qs[j] = Vec::zero();
+  Vec one_d[V], one_alpha = Vec::zero();
+  if constexpr (kOne) {
+    for (int j = 0; j < V; ++j) one_d[j] = load<V, kTail>(updates->d + c, j, tail);
+    one_alpha = Vec::set(updates->alpha);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const float* from = src + i * src_stride;
     if (kFar && c == 0 && i + kAhead < rows) {
@@ -66,7 +72,11 @@ void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64
     }
     Vec s[V];
     for (int j = 0; j < V; ++j) s[j] = load<V, kTail>(from, j, tail);
-    for (int64_t n = 0; n < count; ++n) {
+    if constexpr (kOne) {
+      const Vec k = Vec::set(updates->k[i]);
+      for (int j = 0; j < V; ++j) s[j] = fma(k, one_d[j], one_alpha * s[j]);
+    }
+    for (int64_t n = 0; !kOne && n < count; ++n) {
       const Vec k = Vec::set(updates[n].k[i]), alpha = Vec::set(updates[n].alpha);
       const float* d = updates[n].d + c;
       for (int j = 0; j < V; ++j) s[j] = fma(k, load<V, kTail>(d, j, tail), alpha * s[j]);
@@ -134,11 +144,11 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
     const float* far = t == 0 && c == 0 ? next_state : nullptr;
     const DeltaUpdate update = {block.k + t * K, block.d + at * M, block.alpha[at]};
     if (next < T) {
-      sweep<V, kTail, true, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
+      sweep<V, kTail, true, false, true>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
                                    block.k + next * K, block.q + next * K, &sums, far);
       finish<V, kTail>(block, w, next, sums, c, tail);
     } else if (!speculative) {
-      sweep<V, kTail, false, false>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
+      sweep<V, kTail, false, false, true>(K, src, src_stride, dst, dst_stride, c, tail, &update, 1,
                                     nullptr, nullptr, &sums, far);
     }
     src = dst;

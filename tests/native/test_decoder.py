@@ -175,8 +175,9 @@ def _read_prompt(runner: NativeRunner, text: list[int], pages: list[int]) -> tup
 
 @pytest.mark.parametrize("defined_ids", [512, 500])
 @pytest.mark.parametrize("share", [1, 8])
+@pytest.mark.parametrize("counts", [[3, 0, 1], [1, 1, 1], [0, 0, 0]])
 def test_drafts_of_one_call_are_those_of_single_steps(
-    kernels, tiny_model, monkeypatch, share, defined_ids
+    kernels, tiny_model, monkeypatch, share, defined_ids, counts
 ):
     monkeypatch.setattr("qnext.model.native.DRAFT_SHARE", share)
     monkeypatch.setattr("qnext.model.native.DRAFT_LEAST", 32)
@@ -189,7 +190,6 @@ def test_drafts_of_one_call_are_those_of_single_steps(
     assert allowed.sum() == (defined_ids if share == 1 else 64 + 64 + defined_ids % 32)
     generator = random.Random(5)
     texts = [[generator.randrange(500) for _ in range(n)] for n in (9, 30, 4)]
-    counts = [3, 0, 1]
     pages = [[0, 1], [2, 3], [4, 5]]
     works = [_read_prompt(single, text, table)[1] for text, table in zip(texts, pages, strict=True)]
     works = [_read_prompt(whole, text, table)[1] for text, table in zip(texts, pages, strict=True)]
@@ -216,6 +216,14 @@ def test_drafts_of_one_call_are_those_of_single_steps(
             ]
         )
     assert got == wanted
+    # Keys and values of what was read, of which all but the last row are asked for nothing else.
+    for text, table in zip(texts, pages, strict=True):
+        mine, theirs = (
+            runner.deferred.kv[table, -1].transpose(0, 1).flatten(1, 2)[:, 1 : len(text)]
+            for runner in (whole, single)
+        )
+        assert mine.abs().sum() > 0
+        assert torch.equal(mine, theirs)
 
 
 def test_engines_that_share_a_model_do_not_share_a_cache(kernels, tiny_model):

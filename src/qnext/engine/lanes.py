@@ -81,7 +81,7 @@ class Lanes:
         elif policy.limit:
             wanted, is_quiet = self._ask(running), False
         native = wanted if wanted and not runner.is_behind(running) else 0
-        started = perf_counter() if policy.limit else 0.0
+        started = perf_counter() if policy.is_auto else 0.0
         lanes, want_logits = [], False
         for s in running:
             lane = s.lane
@@ -125,14 +125,14 @@ class Lanes:
                 ended.append(s)
         if policy.limit:
             drafting_s = runner.seconds[2]
-            if is_quiet:
+            if is_quiet or not policy.is_auto:
                 pass
             elif len(drafted) == 1:
                 seconds = perf_counter() - started - drafting_s
                 policy.verified(len(running), drafted.pop(), seconds)
             else:
                 policy.mixed()
-            if native:
+            if native and policy.is_auto:
                 policy.drafted(len(running), native, drafting_s)
             if not native and (wanted or self._somebody_is_far_behind()):
                 return ended, wanted
