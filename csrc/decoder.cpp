@@ -256,8 +256,9 @@ struct Decoder::Work {
     float* up = gate + count * wide;
     const Matrix gate_w = ff.gate_up.rows ? rows_of(ff.gate_up, 0, ff.width) : ff.gate;
     const Matrix up_w = ff.gate_up.rows ? rows_of(ff.gate_up, ff.width, ff.width) : ff.up;
-    multiply_part(gate_w, prepared, rows, index, count, gate - begin, wide, begin, end, team);
-    multiply_part(up_w, prepared, rows, index, count, up - begin, wide, begin, end, team);
+    multiply_part(gate_w, prepared, rows, index, count, gate - begin, wide, begin, end, team,
+                  row_at(up_w, begin));
+    multiply_part(up_w, prepared, rows, index, count, up - begin, wide, begin, end, team, next);
     moe->silu_multiply(gate, up, count, wide, wide, act_out + begin, ff.width);
   }
 };

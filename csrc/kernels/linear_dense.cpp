@@ -147,10 +147,18 @@ constexpr int kRows = 2, kTokens = 2;
 struct Ahead {
   const char* at = nullptr;
   int lines = 0;
+  bool once = false;  // the weights pass only once
 };
+
+// Lines of weights that a step along the columns of kRows rows reads.
+template <class K>
+constexpr int kPace =
+    (kRows * K::step * static_cast<int>(sizeof(typename K::Weight)) + 63) / 64;
 
 // At least so far ahead, where the weights pass only once.
 constexpr int64_t kLeadBytes = 8192;
+// One activation alone: shorter rows are read fast enough as they are.
+constexpr int64_t kLongRow = 4096;
 
 // A few rows of W times a few rows of x. What comes next in memory is asked for in one stream: the
 // rows themselves are too many and too short for the processor to foresee.
@@ -171,11 +179,14 @@ void corner(const typename K::Weight* w, int64_t cols, const typename K::Input* 
   }
   int64_t k = 0;
   for (; k + K::step <= cols; k += K::step) {
-    if (T > 1 && ahead.lines > 0) {
-      if (ahead.lines > 3) {
-        // The rows that follow at once: into the first-level cache.
+    if (ahead.lines > 0) {
+      if (ahead.once) {
+        // The rows that follow at once: into the first-level cache. Of one activation alone they
+        // need not stay anywhere else, there is better use for it.
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.at + i * 64, 0, 3);
+        for (int i = 0; i < kPace<K>; ++i) {
+          __builtin_prefetch(ahead.at + i * 64, 0, T == 1 ? 0 : 3);
+        }
       } else {
         __builtin_prefetch(ahead.at, 0, 2);
         if (ahead.lines > 1) __builtin_prefetch(ahead.at + 64, 0, 2);
@@ -233,11 +244,12 @@ void multiply_rows(const Matrix& w, const char* prepared, const int32_t* index, 
   const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(typename K::Weight));
   const int64_t panels = (count + kTokens - 1) / kTokens;
   // As many rows of W as stay in the second-level cache while all activations pass, and with them
-  // the next ones, which are asked for meanwhile. One activation alone reads fast enough as it is.
-  const bool once = panels == 1 && count > 1;
+  // the next ones, which are asked for meanwhile.
+  const bool asks = count > 1 || row_bytes >= kLongRow;
+  const bool once = panels == 1 && asks;
   int64_t strip = 256 * 1024 / (row_bytes > 0 ? row_bytes : 1) / kRows * kRows;
   if (strip < kRows || once) strip = kRows;
-  const int lines = count == 1 ? 0 : once ? 4 : panels <= 3 ? 2 : 1;
+  const int lines = !asks ? 0 : once ? kPace<K> : panels <= 3 ? 2 : 1;
   // Memory answers late: with short rows, those that follow at once would come too late.
   const int64_t lead = once && row_bytes > 0 ? (kLeadBytes + row_bytes - 1) / row_bytes : 0;
   for (int64_t r0 = first; r0 < last; r0 += strip) {
@@ -257,7 +269,7 @@ void multiply_rows(const Matrix& w, const char* prepared, const int32_t* index, 
       }
       int64_t r = r0;
       for (; r + kRows <= r1; r += kRows) {
-        const Ahead ahead = {next, next < end ? lines : 0};
+        const Ahead ahead = {next, next < end ? lines : 0, once};
         corner_of<K, kRows>(tokens, weights + r * cols, cols, x, to, r, ahead);
         next += ahead.lines * (cols / K::step) * 64;
       }

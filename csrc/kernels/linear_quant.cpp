@@ -70,6 +70,9 @@ void store(const Task& task, int part, const Floats (&sum)[V][T]) {
 // Weights stream through a panel too fast for the processor's own prefetcher; ask for those this
 // far ahead. Where they pass once they are not to stay in a cache: there is better use for it.
 constexpr int64_t kAhead = 4096;
+// Several rows of activations do so much between two lines that the processor itself sees less of
+// what comes: farther then.
+constexpr int64_t kSeveral = 5, kFarAhead = 8192;
 // Small tiles are asked for whole, one or more ahead, and behind the last ones those of the product
 // that follows: a small expert ends before a stream of its own has begun.
 constexpr int64_t kSmallTile = 12 * 1024, kTilesAhead = 8 * 1024;
@@ -306,7 +309,7 @@ struct Job {
     return static_cast<const uint8_t*>(w.data) + number * tile_bytes;
   }
   int64_t far(int64_t number) const {
-    if (tile_bytes > kSmallTile) return kAhead;
+    if (tile_bytes > kSmallTile) return count < kSeveral ? kAhead : kFarAhead;
     const int64_t then = number + (kTilesAhead + tile_bytes - 1) / tile_bytes;
     if (then < tiles) return tile(then) - tile(number);
     return next ? next + (then - tiles) * tile_bytes - tile(number) : 0;
@@ -350,32 +353,30 @@ void direct(const Job& job, int64_t tile, int rows, bool more) {
 #if defined(QNEXT_ISA_avx512)
 
 // From so many activations on, two tiles at once pay: each activation loaded serves twice the rows.
-constexpr int64_t kManyQ8 = 9, kManyQ4 = 40;
+constexpr int64_t kManyQ8 = 9, kManyQ4 = 24;
 constexpr int kWideTokens = 6;
 
-// A q4 tile as bytes s * q + 128, in the order of q8: the same integers, so the same sums.
+// A q4 tile as bytes s * q + 128, in the order of q8: the same integers, so the same sums. A nibble
+// is n = q + 8, and s n + (128 - 8 s) lies between 8 and 248: so one 16-bit product serves two of
+// them, and neither reaches into the other.
 void expand(const uint8_t* w, int64_t steps, uint8_t* to) {
-  const __m512i even = _mm512_set1_epi32(0x000f000f), odd = _mm512_set1_epi32(0x0f000f00);
-  const __m512i byte = _mm512_set1_epi16(0xff), middle = _mm512_set1_epi16(128);
+  const __m512i twice = _mm512_broadcast_i32x4(
+      _mm_set_epi8(13, 12, 13, 12, 9, 8, 9, 8, 5, 4, 5, 4, 1, 0, 1, 0));
   for (int64_t i = 0; i < steps; ++i) {
     for (int g = 0; g < 2; ++g) {
       for (int v = 0; v < 2; ++v) {
-        __m512i s = load_scales(w + g * kTileRows + v * kLanes);
-        s = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
-        __m512i offset = _mm512_sub_epi16(middle, _mm512_slli_epi16(s, 3));
-        offset = _mm512_ternarylogic_epi32(offset, byte, _mm512_slli_epi16(offset, 8), 0xea);
+        const __m128i scales =
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + g * kTileRows + v * kLanes));
+        const __m512i s = _mm512_shuffle_epi8(_mm512_cvtepi8_epi32(scales), twice);
+        const __m512i one = _mm512_sub_epi16(_mm512_set1_epi16(128), _mm512_slli_epi16(s, 3));
+        const __m512i offset = _mm512_add_epi16(one, _mm512_slli_epi16(one, 8));
 #pragma GCC unroll 2
         for (int line = 0; line < 2; ++line) {
           const Bytes b = load_bytes(w + kTileRows * (2 + 8 * g + 4 * line) + v * 64);
-          uint8_t* first = to + (4 * g + 2 * line) * kTileRows * 4 + v * 64;
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const __m512i n = half ? _mm512_srli_epi16(b, 4) : b;
-            const __m512i e = _mm512_mullo_epi16(_mm512_and_si512(n, even), s);
-            const __m512i o = _mm512_mullo_epi16(_mm512_and_si512(n, odd), s);
-            const __m512i both = _mm512_ternarylogic_epi32(e, byte, o, 0xea);
-            _mm512_store_si512(first + half * kTileRows * 4, _mm512_add_epi8(both, offset));
-          }
+          uint8_t* at = to + (4 * g + 2 * line) * kTileRows * 4 + v * 64;
+          _mm512_store_si512(at, _mm512_add_epi16(_mm512_mullo_epi16(low(b), s), offset));
+          _mm512_store_si512(at + kTileRows * 4,
+                             _mm512_add_epi16(_mm512_mullo_epi16(high(b), s), offset));
         }
       }
     }
