@@ -336,8 +336,9 @@ class Engine:
         """A step of nothing but plain decoding."""
         events: list[Event] = []
 
+        # Quoted: or Python would build these types anew in every step, with nothing in its caches.
         def told(
-            sequence: Running, reason: FinishReason | None, logprobs: list[TokenLogprobs]
+            sequence: Running, reason: "FinishReason | None", logprobs: "list[TokenLogprobs]"
         ) -> None:
             sequence.untold += logprobs
             events.append(tell(sequence, (), reason))

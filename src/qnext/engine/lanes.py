@@ -49,9 +49,10 @@ class Lanes:
         running = scheduler.running
         if not running or (scheduler.waiting and len(running) < scheduler.num_slots):
             return False
-        if len(running) * (1 + self.policy.limit) > scheduler.max_batch_tokens:
+        limit = self.policy.limit
+        if len(running) * (1 + limit) > scheduler.max_batch_tokens:
             return False
-        ahead, page = 2 * self.policy.limit, scheduler.page_size
+        ahead, page = 2 * limit, scheduler.page_size
         fits = True
         for s in running:
             output = len(s.output_ids)
@@ -75,10 +76,11 @@ class Lanes:
         """
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
+        limit = policy.limit
         wanted, is_quiet = 0, True
         if policy.quiet and policy.quiet_of == (len(running), False):
             policy.quiet -= 1
-        elif policy.limit:
+        elif limit:
             wanted, is_quiet = self._ask(running), False
         native = wanted if wanted and not runner.is_behind(running) else 0
         started = perf_counter() if policy.is_auto else 0.0
@@ -106,7 +108,7 @@ class Lanes:
             if top is not None:
                 assert logits is not None
                 logprobs = logprobs_of(logits[row : row + count], tokens, [top] * count)
-            if policy.limit:
+            if limit:
                 tested = len(s.drafts)
                 drafted.add(tested)
                 row += tested
@@ -123,7 +125,7 @@ class Lanes:
             told(s, reason, logprobs)
             if reason is not None:
                 ended.append(s)
-        if policy.limit:
+        if limit:
             drafting_s = runner.seconds[2]
             if is_quiet or not policy.is_auto:
                 pass
