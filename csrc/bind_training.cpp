@@ -22,21 +22,15 @@ void obtained(bool good) {
   if (!good) throw std::bad_alloc();
 }
 
-// Slots by expert, in rising order within one.
-void sort_slots(const int64_t* ids, int64_t count, int64_t experts, int32_t* order,
-                int64_t* starts) {
-  for (int64_t e = 0; e <= experts; ++e) starts[e] = 0;
+void sort(const ExpertsCall& call, const int64_t* ids) {
+  const int64_t count = call.tokens * call.slots;
+  if (sort_slots(ids, count, call.experts, call.order, call.starts)) return;
   for (int64_t i = 0; i < count; ++i) {
-    if (ids[i] < 0 || ids[i] >= experts) {
-      throw std::out_of_range("ids: expected the numbers of experts, from 0 to " +
-                              std::to_string(experts - 1) + "; found " + std::to_string(ids[i]) +
-                              ".");
-    }
-    ++starts[ids[i] + 1];
+    if (ids[i] >= 0 && ids[i] < call.experts) continue;
+    throw std::out_of_range("ids: expected the numbers of experts, from 0 to " +
+                            std::to_string(call.experts - 1) + "; found " + std::to_string(ids[i]) +
+                            ".");
   }
-  for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
-  std::vector<int64_t> next(starts, starts + experts);
-  for (int64_t i = 0; i < count; ++i) order[next[static_cast<size_t>(ids[i])]++] = static_cast<int32_t>(i);
 }
 
 ExpertsCall experts_call(const std::vector<int64_t>& shape, bool half, uintptr_t h,
@@ -56,6 +50,30 @@ ExpertsCall experts_call(const std::vector<int64_t>& shape, bool half, uintptr_t
   call.order = at<int32_t>(order);
   call.starts = at<int64_t>(starts);
   call.before = at<void>(before);
+  return call;
+}
+
+// kept: h, router, gate_up, down, order, starts, before, logits, ids, weights, and with a shared
+// expert: gate, up, down, opening, share, before.
+SparseCall sparse_call(const std::vector<int64_t>& shape, bool half, bool rescale,
+                       const std::vector<uintptr_t>& kept) {
+  SparseCall call = {};
+  call.experts = experts_call(shape, half, kept.at(0), kept.at(9), kept.at(2), kept.at(3),
+                              kept.at(4), kept.at(5), kept.at(6));
+  call.rescale = rescale;
+  call.router = at<float>(kept.at(1));
+  call.logits = at<float>(kept.at(7));
+  call.ids = at<int64_t>(kept.at(8));
+  call.weights = at<float>(kept.at(9));
+  SharedExpert& shared = call.experts.shared;
+  shared.inner = shape.at(5);
+  if (!shared.inner) return call;
+  shared.gate = at<void>(kept.at(10));
+  shared.up = at<void>(kept.at(11));
+  shared.down = at<void>(kept.at(12));
+  call.opening = at<void>(kept.at(13));
+  shared.share = at<float>(kept.at(14));
+  shared.before = at<void>(kept.at(15));
   return call;
 }
 
@@ -128,8 +146,7 @@ void bind_training(nb::module_& m) {
         ExpertsCall call =
             experts_call(shape, half, h, weights, gate_up, down, order, starts, before);
         call.y = at<void>(y);
-        sort_slots(at<int64_t>(ids), call.tokens * call.slots, call.experts, at<int32_t>(order),
-                   at<int64_t>(starts));
+        sort(call, at<int64_t>(ids));
         obtained(training_kernels(current_isa()).experts_forward(call));
       },
       nb::call_guard<nb::gil_scoped_release>(),
@@ -153,6 +170,48 @@ void bind_training(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>(),
       "As experts_forward, with what it wrote, then d_y [P, D]; written are the gradients of h,\n"
       "weights, gate_up and down.");
+  m.def(
+      "sparse_layer_forward",
+      [](const std::vector<int64_t>& shape, bool half, bool rescale,
+         const std::vector<Address>& kept, Address residual, Address y) {
+        SparseCall call = sparse_call(shape, half, rescale, kept);
+        call.residual = at<void>(residual);
+        call.experts.y = at<void>(y);
+        obtained(training_kernels(current_isa()).sparse_forward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "shape (P, X, E, D, F, F of the shared expert or 0), whether numbers are bfloat16, whether\n"
+      "weights are rescaled; addresses of h [P, D], router [E, D] float32, gate_up, down, then of\n"
+      "what is written: order, starts, before (as experts_forward), logits [P, E], ids and weights\n"
+      "[P, X]; with a shared expert of gate, up, down and opening [1, D], and of what is written:\n"
+      "share [P] float32 and before [P, 2F]; of a residual [P, D] or 0, and of y [P, D].");
+  m.def(
+      "sparse_layer_backward",
+      [](const std::vector<int64_t>& shape, bool half, bool rescale,
+         const std::vector<Address>& kept, Address d_y, Address d_logits,
+         const std::vector<Address>& gradients) {
+        SparseCall call = sparse_call(shape, half, rescale, kept);
+        ExpertsCall& experts = call.experts;
+        experts.d_y = at<void>(d_y);
+        call.d_logits = at<float>(d_logits);
+        experts.d_h = at<void>(gradients.at(0));
+        call.d_router = at<float>(gradients.at(1));
+        experts.d_gate_up = at<void>(gradients.at(2));
+        experts.d_down = at<void>(gradients.at(3));
+        experts.d_weights = at<float>(gradients.at(4));
+        SharedExpert& shared = experts.shared;
+        if (shared.inner) {
+          shared.d_gate = at<void>(gradients.at(5));
+          shared.d_up = at<void>(gradients.at(6));
+          shared.d_down = at<void>(gradients.at(7));
+          call.d_opening = at<void>(gradients.at(8));
+          shared.d_share = at<float>(gradients.at(9));
+        }
+        obtained(training_kernels(current_isa()).sparse_backward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "As sparse_layer_forward, with what it wrote, d_y, and d_logits or 0; then where gradients of\n"
+      "h, router, gate_up, down, weights go, and of gate, up, down, opening and share.");
   m.def(
       "delta_layer_forward",
       [](const std::vector<int64_t>& shape, const std::vector<int64_t>& starts, bool half,
@@ -253,6 +312,42 @@ void bind_training(nb::module_& m) {
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "As route_forward, with what it wrote and d_weights -> d_logits [rows, E].");
+  m.def(
+      "load_forward",
+      [](int64_t rows, int64_t experts, int64_t slots, Address logits, Address lse, Address counts,
+         Address probability, Address squares, Address entropy) {
+        LoadCall call = {};
+        call.rows = rows;
+        call.experts = experts;
+        call.slots = slots;
+        call.logits = at<float>(logits);
+        call.lse = at<float>(lse);
+        call.counts = at<int64_t>(counts);
+        call.probability = at<float>(probability);
+        call.squares = at<float>(squares);
+        call.entropy = at<float>(entropy);
+        obtained(training_kernels(current_isa()).load_forward(call));
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "logits [rows, E] -> lse [rows], counts [E] int64, probability [E], and the sums of lse\n"
+      "squared and of the entropy.");
+  m.def(
+      "load_backward",
+      [](int64_t rows, int64_t experts, Address logits, Address lse, Address d_probability,
+         double d_squares, Address d_logits) {
+        LoadCall call = {};
+        call.rows = rows;
+        call.experts = experts;
+        call.logits = at<float>(logits);
+        call.lse = at<float>(lse);
+        call.d_probability = at<float>(d_probability);
+        call.d_squares = static_cast<float>(d_squares);
+        call.d_logits = at<float>(d_logits);
+        training_kernels(current_isa()).load_backward(call);
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "As load_forward, with lse and the gradients of probability [E] and of the sum of squares\n"
+      "-> d_logits [rows, E].");
   m.def(
       "cross_entropy",
       [](int64_t rows, int64_t vocabulary, bool half, bool slopes, Address logits, Address labels,

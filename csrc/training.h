@@ -10,7 +10,21 @@ namespace qnext {
 
 enum class Number : int { f32 = 0, bf16 = 1 };
 
-// Routed experts of one layer. Slots (token, place) are sorted by expert: order[starts[e]] ...
+// The expert every token goes through.
+struct SharedExpert {
+  int64_t inner;       // 0 where there is none
+  const void* gate;    // [inner][width]
+  const void* up;      // [inner][width]
+  const void* down;    // [width][inner]
+  float* share;        // [tokens], what its output is multiplied by
+  void* before;        // [tokens][2 inner]
+  float* d_share;
+  void* d_gate;
+  void* d_up;
+  void* d_down;
+};
+
+// Experts of one layer. Slots (token, place) are sorted by expert: order[starts[e]] ...
 // order[starts[e + 1] - 1] are the slots of expert e in rising order, slot = token * slots + place.
 struct ExpertsCall {
   Number number;  // of h, gate_up, down, before, y and their gradients
@@ -19,8 +33,8 @@ struct ExpertsCall {
   const float* weights;  // [tokens][slots]
   const void* gate_up;   // [experts][2 inner][width], gate rows first
   const void* down;      // [experts][width][inner]
-  const int32_t* order;  // [tokens * slots]
-  const int64_t* starts; // [experts + 1]
+  int32_t* order;        // [tokens * slots]
+  int64_t* starts;       // [experts + 1]
   void* before;          // [tokens * slots][2 inner], sorted: what the activation gets
   void* y;               // forward: [tokens][width]
   const void* d_y;       // the rest for backward: gradients of y ...
@@ -28,6 +42,7 @@ struct ExpertsCall {
   float* d_weights;      // [tokens][slots]
   void* d_gate_up;
   void* d_down;
+  SharedExpert shared;
 };
 
 // A delta layer between its projections, over whole documents that start from nothing. Letters are
@@ -103,6 +118,35 @@ struct RouteCall {
   float* d_logits;  // [rows][experts]
 };
 
+// A sparse layer after its norm: the router, its choice, and experts that read and weigh accordingly.
+struct SparseCall {
+  ExpertsCall experts;  // its sorting and the weights of slots are written here
+  bool rescale;
+  const float* router;   // [experts][width]
+  const void* opening;   // [width], before the sigmoid of the share; null without a shared expert
+  const void* residual;  // [tokens][width] added to y, or null
+  float* logits;         // [tokens][experts]
+  int64_t* ids;          // [tokens][slots]
+  float* weights;
+  const float* d_logits;  // of what else reads the logits, or null
+  float* d_router;
+  void* d_opening;
+};
+
+// Sums over the rows of a router: what the balance of the load and the telemetry need.
+struct LoadCall {
+  int64_t rows, experts, slots;
+  const float* logits;   // [rows][experts]
+  float* lse;            // [rows]
+  int64_t* counts;       // [experts], slots per expert
+  float* probability;    // [experts], sum of the softmax
+  float* squares;        // one number: sum of lse squared
+  float* entropy;        // one number: sum of the entropies
+  const float* d_probability;
+  float d_squares;
+  float* d_logits;
+};
+
 // Cross-entropy of rows of logits; they become their slopes where `slopes` is set.
 struct CrossEntropyCall {
   Number number;
@@ -132,10 +176,28 @@ struct AdamCall {
   float epsilon;
 };
 
+// Sorts slots by expert, in rising order within one; false for a number of no expert.
+static inline bool sort_slots(const int64_t* ids, int64_t count, int64_t experts, int32_t* order,
+                              int64_t* starts) {
+  for (int64_t e = 0; e <= experts; ++e) starts[e] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= experts) return false;
+    ++starts[ids[i] + 1];
+  }
+  for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
+  // While slots are placed starts[e] moves to where e ends, which is where e + 1 begins.
+  for (int64_t i = 0; i < count; ++i) order[starts[ids[i]]++] = static_cast<int32_t>(i);
+  for (int64_t e = experts; e > 0; --e) starts[e] = starts[e - 1];
+  starts[0] = 0;
+  return true;
+}
+
 struct TrainingKernels {
   // Both false when there is no memory for the intermediate rows.
   bool (*experts_forward)(const ExpertsCall& call);
   bool (*experts_backward)(const ExpertsCall& call);
+  bool (*sparse_forward)(const SparseCall& call);
+  bool (*sparse_backward)(const SparseCall& call);
   bool (*delta_forward)(const DeltaLayerCall& call);
   bool (*delta_backward)(const DeltaLayerCall& call);
   bool (*attention_forward)(const AttentionCall& call);
@@ -144,6 +206,8 @@ struct TrainingKernels {
   bool (*norm_backward)(const NormCall& call);
   void (*route_forward)(const RouteCall& call);
   void (*route_backward)(const RouteCall& call);
+  bool (*load_forward)(const LoadCall& call);
+  void (*load_backward)(const LoadCall& call);
   void (*cross_entropy)(const CrossEntropyCall& call);
   void (*adam)(const AdamCall& call);
 };

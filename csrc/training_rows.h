@@ -7,8 +7,6 @@ namespace qnext::QNEXT_ISA {
 
 void norm_forward(const NormCall& call);
 bool norm_backward(const NormCall& call);
-void route_forward(const RouteCall& call);
-void route_backward(const RouteCall& call);
 void cross_entropy(const CrossEntropyCall& call);
 void adam(const AdamCall& call);
 

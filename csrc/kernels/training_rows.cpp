@@ -1,4 +1,4 @@
-// Norms, routing, cross-entropy and the optimiser's update: one pass over each row.
+// Norms, cross-entropy and the optimiser's update: one pass over each row.
 #include "training_rows.h"
 
 #include <math.h>
@@ -135,50 +135,6 @@ bool norm_backward(const NormCall& call) {
 void cross_entropy(const CrossEntropyCall& call) {
   return call.number == Number::f32 ? cross_entropy_rows<float>(call)
                                     : cross_entropy_rows<bf16>(call);
-}
-
-void route_forward(const RouteCall& c) {
-  for (int64_t p = 0; p < c.rows; ++p) {
-    const float* x = c.logits + p * c.experts;
-    int64_t* ids = c.ids + p * c.slots;
-    float* weights = c.weights + p * c.slots;
-    // Insertion into the slots so far; NaN never enters before a number.
-    int64_t filled = 0;
-    for (int64_t e = 0; e < c.experts; ++e) {
-      if (filled == c.slots && !(x[e] > x[ids[filled - 1]])) continue;
-      int64_t at = filled < c.slots ? filled++ : filled - 1;
-      for (; at > 0 && (x[e] > x[ids[at - 1]]); --at) ids[at] = ids[at - 1];
-      ids[at] = e;
-    }
-    const float top = x[ids[0]];
-    float mass = 0.0f;
-    for (int64_t s = 0; s < c.slots; ++s) {
-      weights[s] = expf(x[ids[s]] - top);
-      mass += weights[s];
-    }
-    if (!c.rescale) mass = mass_of(x, c.experts, top);
-    for (int64_t s = 0; s < c.slots; ++s) weights[s] /= mass;
-  }
-}
-
-void route_backward(const RouteCall& c) {
-  for (int64_t p = 0; p < c.rows; ++p) {
-    const int64_t* ids = c.ids + p * c.slots;
-    const float* weights = c.weights + p * c.slots;
-    const float* d_weights = c.d_weights + p * c.slots;
-    float* d = c.d_logits + p * c.experts;
-    float along = 0.0f;
-    for (int64_t s = 0; s < c.slots; ++s) along += weights[s] * d_weights[s];
-    if (c.rescale) {
-      memset(d, 0, static_cast<size_t>(c.experts) * sizeof(float));
-      for (int64_t s = 0; s < c.slots; ++s) d[ids[s]] = weights[s] * (d_weights[s] - along);
-      continue;
-    }
-    const float* x = c.logits + p * c.experts;
-    const float top = x[ids[0]], mass = mass_of(x, c.experts, top);
-    for (int64_t e = 0; e < c.experts; ++e) d[e] = -along * expf(x[e] - top) / mass;
-    for (int64_t s = 0; s < c.slots; ++s) d[ids[s]] += weights[s] * d_weights[s];
-  }
 }
 
 void adam(const AdamCall& c) {

@@ -14,7 +14,13 @@ from qnext.ops.experts_native import experts_native
 from qnext.ops.moe import experts_training
 from qnext.ops.norm import rms_norm_zero_centred_training
 from qnext.ops.norm_native import rms_norm_zero_centred_native
-from qnext.ops.route import route_native, route_reference
+from qnext.ops.route import (
+    route_native,
+    route_reference,
+    router_load_native,
+    router_load_reference,
+)
+from qnext.ops.sparse_layer import sparse_layer_native
 
 
 def gradients(function, inputs, **fixed) -> dict[str, Tensor]:
@@ -68,6 +74,90 @@ def test_experts_refuse_numbers_of_experts_that_do_not_exist(kernels):
     inputs = experts_inputs(3, 4, 2, 8, 6)
     with pytest.raises(IndexError, match="from 0 to 3; found 9"):
         experts_native(**{**inputs, "ids": torch.full_like(inputs["ids"], 9)})
+
+
+def plain_sparse_layer(h, residual, router, gate_up, down, *shared, slots, rescale):
+    """The ops one after the other, in the type of their inputs."""
+    logits = h @ router.T
+    weights, ids = route_reference(logits=logits, slots=slots, rescale=rescale)
+    y = residual + experts_training(h=h, ids=ids, weights=weights, gate_up=gate_up, down=down)
+    if shared:
+        gate, up, way_down, opening = shared
+        inner = torch.nn.functional.silu(h @ gate.T) * (h @ up.T)
+        y = y + (h @ opening.T).sigmoid() * (inner @ way_down.T)
+    return y, logits
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 4, 2, 8, 6, 0), (31, 6, 6, 70, 36, 10), (530, 3, 2, 66, 34, 40), (70, 140, 3, 20, 8, 24)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_sparse_layer(kernels, sizes, dtype, rescale):
+    *most, shared_inner = sizes
+    tokens, experts, slots, width, _ = most
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    inputs = experts_inputs(*most)
+    leaves = [inputs["h"].to(dtype), normal(tokens, width).to(dtype), normal(experts, width) * 2]
+    leaves += [inputs["gate_up"].to(dtype), inputs["down"].to(dtype)]
+    if shared_inner:
+        shapes = [(shared_inner, width)] * 2 + [(width, shared_inner), (1, width)]
+        leaves += [normal(*shape).to(dtype) for shape in shapes]
+    weights = [normal(tokens, width).double(), normal(tokens, experts).double()]
+
+    def run(function, leaves, both=True) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        found = function(*leaves)
+        used = list(zip(found, weights, strict=True))[: 1 + both]
+        total = sum((x.double() * weight).sum() for x, weight in used)
+        return [x.detach() for x in found] + list(torch.autograd.grad(total, leaves))
+
+    def native_form(h, residual, router, gate_up, down, *shared):
+        found = sparse_layer_native(
+            h=h, residual=residual, router=router, gate_up=gate_up, down=down,
+            shared=shared or None, slots=slots, rescale=rescale,
+        )  # fmt: skip
+        assert found is not None
+        return found
+
+    def plain_form(*leaves):
+        return plain_sparse_layer(*leaves, slots=slots, rescale=rescale)
+
+    doubled = [x.double() for x in leaves]
+    for both in (True, False):
+        got, want = run(native_form, leaves, both), run(plain_form, doubled, both)
+        for number, (mine, exact) in enumerate(zip(got, want, strict=True)):
+            size = exact.norm().clamp_min(1e-20)
+            bound = 1e-5 if dtype == torch.float32 else 8e-3
+            assert (mine.double() - exact).norm() < bound * size, number
+
+
+def test_sparse_layer_without_a_residual(kernels):
+    inputs = experts_inputs(9, 4, 2, 8, 6)
+    router = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    given = {"h": inputs["h"], "router": router, "gate_up": inputs["gate_up"]}
+    given |= {"down": inputs["down"], "shared": None, "slots": 2, "rescale": True}
+    with_zeros = sparse_layer_native(residual=torch.zeros(9, 8), **given)
+    without = sparse_layer_native(residual=None, **given)
+    assert with_zeros is not None
+    assert without is not None
+    assert torch.equal(without[0], with_zeros[0])
+
+
+@pytest.mark.parametrize("change", [{"h": torch.float64}, {"residual": torch.bfloat16}])
+def test_sparse_layer_leaves_other_types_to_the_ops(kernels, change):
+    inputs = experts_inputs(3, 4, 2, 8, 6)
+    given = {"h": inputs["h"], "residual": inputs["h"]}
+    given = {name: x.to(change.get(name, x.dtype)) for name, x in given.items()}
+    assert sparse_layer_native(
+        **given, router=torch.ones(4, 8), gate_up=inputs["gate_up"], down=inputs["down"],
+        shared=None, slots=2, rescale=True,
+    ) is None  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -152,9 +242,41 @@ def test_route(kernels, experts, slots, rescale):
         assert (got[name] - value).abs().max() < 2e-6, name
 
 
-def test_equal_logits_go_to_the_lower_number(kernels):
-    _, ids = route_native(logits=torch.zeros(2, 9), slots=3, rescale=True)
-    assert ids.tolist() == [[0, 1, 2]] * 2
+@pytest.mark.parametrize("experts", [9, 40, 100, 200])
+def test_equal_logits_go_to_the_lower_number(kernels, experts):
+    logits = torch.zeros(2, experts)
+    logits[1, [3, 7]] = 1.0
+    _, ids = route_native(logits=logits, slots=4, rescale=True)
+    assert ids.tolist() == [[0, 1, 2, 3], [3, 7, 0, 1]]
+
+
+@pytest.mark.parametrize("experts", [9, 40, 100, 200])
+def test_experts_that_are_shut_out_are_chosen_last_and_once(kernels, experts):
+    logits = torch.full((1, experts), float("-inf"))
+    logits[0, 8] = 2.0
+    _, ids = route_native(logits=logits, slots=3, rescale=True)
+    assert ids.tolist() == [[8, 0, 1]]
+
+
+@pytest.mark.parametrize(("rows", "experts", "slots"), [(1, 4, 2), (130, 64, 4), (70, 21, 3)])
+def test_router_load(kernels, rows, experts, slots):
+    logits = torch.randn(rows, experts, generator=torch.Generator().manual_seed(rows)) * 2
+    weight = torch.randn(experts, generator=torch.Generator().manual_seed(1)).double()
+
+    def run(function, logits: Tensor, parts: int) -> list[Tensor]:
+        leaf = logits.clone().requires_grad_()
+        found = function(logits=leaf, slots=slots)
+        total = (found.probability.double() * weight).sum() if parts & 1 else 0.0
+        total = total + (0.3 * found.squares.double() if parts & 2 else 0.0)
+        assert not found.entropy.requires_grad
+        return [*(x.detach() for x in found), *torch.autograd.grad(total, [leaf])]
+
+    for parts in (1, 2, 3):
+        got = run(router_load_native, logits, parts)
+        want = run(router_load_reference, logits.double(), parts)
+        assert torch.equal(got[0], want[0])
+        for number, (mine, exact) in enumerate(zip(got[1:], want[1:], strict=True)):
+            assert (mine - exact).norm() < 3e-6 * exact.norm(), (parts, number)
 
 
 @pytest.mark.parametrize("vocabulary", [7, 100])

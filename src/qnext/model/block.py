@@ -47,5 +47,5 @@ class DecoderLayer(nn.Module):
             h_PD = h_PD + self.self_attn(normed_PD, batch, rope, view, taps)
         normed_PD = self.post_attention_layernorm(h_PD)
         if isinstance(self.mlp, SparseMoe):
-            return h_PD + self.mlp(normed_PD, taps)
+            return self.mlp(normed_PD, taps, h_PD)
         return h_PD + self.mlp(normed_PD)

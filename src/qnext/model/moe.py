@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from qnext.config import ModelConfig
 from qnext.model.layers import Mlp, Taps
 from qnext.ops import Ops
+from qnext.ops.contracts import SharedWeights
 from qnext.ops.linear import Projection
 
 
@@ -39,8 +40,24 @@ class SparseMoe(nn.Module):
             self.shared_expert = Mlp(config, config.shared_expert_intermediate_size, ops)
             self.shared_expert_gate = Projection(config.hidden_size, 1, op=ops.linear)
 
-    def forward(self, h_PD: Tensor, taps: Taps | None) -> Tensor:
-        """[P, D] -> [P, D]."""
+    def forward(self, h_PD: Tensor, taps: Taps | None, residual_PD: Tensor) -> Tensor:
+        """[P, D], and what it is added to -> [P, D]."""
+        if self.ops.sparse_layer is not None:
+            found = self.ops.sparse_layer(
+                h=h_PD,
+                residual=residual_PD,
+                router=self.gate.weight,
+                gate_up=self.experts.gate_up_proj,
+                down=self.experts.down_proj,
+                shared=self._shared(),
+                slots=self.experts_per_token,
+                rescale=self.rescale,
+            )
+            if found is not None:
+                y_PD, logits_PE = found
+                if taps is not None and taps.want_router_logits:
+                    taps.router_logits.append(logits_PE)
+                return y_PD
         # Float32 router: the tenth and eleventh of 512 logits are often closer than bfloat16 sees.
         logits_PE = self.ops.linear(x=h_PD.float(), weight=self.gate.weight.float())
         weights_PX, ids_PX = self.ops.route(
@@ -58,4 +75,12 @@ class SparseMoe(nn.Module):
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             share_P1 = self.ops.elementwise(function=torch.sigmoid, x=self.shared_expert_gate(h_PD))
             y_PD = y_PD + share_P1 * self.shared_expert(h_PD)
-        return y_PD
+        return residual_PD + y_PD
+
+    def _shared(self) -> SharedWeights | None:
+        expert, opening = self.shared_expert, self.shared_expert_gate
+        if expert is None or opening is None:
+            return None
+        return (
+            expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight, opening.weight
+        )  # fmt: skip

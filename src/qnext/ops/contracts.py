@@ -7,7 +7,7 @@ in a packed axis P, and ``Segments`` says where they begin. Shape letters: ``doc
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -188,6 +188,51 @@ class Route(Protocol):
     def __call__(self, *, logits: Tensor, slots: int, rescale: bool) -> tuple[Tensor, Tensor]: ...
 
 
+class RouterLoad(NamedTuple):
+    """Sums over the rows of a router's logits; the first three are what losses read."""
+
+    counts: Tensor
+    """[E] int64: slots that go to each expert."""
+    probability: Tensor
+    """[E]: sum of the softmax."""
+    squares: Tensor
+    """Scalar: sum of the squares of the logarithms of the sums of exponentials."""
+    entropy: Tensor
+    """Scalar without gradient: sum of the entropies of the softmax, in nats."""
+
+
+class RouterLoads(Protocol):
+    """The load that rows of logits make. Shapes: logits [n, E] float32."""
+
+    def __call__(self, *, logits: Tensor, slots: int) -> RouterLoad: ...
+
+
+SharedWeights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of a shared expert: gate and up [F, D], down [D, F], and the row of its own gate [1, D]."""
+
+
+class SparseLayer(Protocol):
+    """``residual + experts(h) + sigmoid(opening h) * shared(h)``, and the router's logits.
+
+    Shapes: h and residual [P, D], router [E, D], gate_up [E, 2F, D], down [E, D, F] -> ([P, D] in
+    h's dtype, logits [P, E] float32). None for tensors it does not take: then the ops run one after
+    the other.
+    """
+
+    def __call__(
+        self,
+        *,
+        h: Tensor,
+        residual: Tensor | None,
+        router: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        shared: SharedWeights | None,
+        slots: int,
+        rescale: bool,
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+
 class CrossEntropyRows(Protocol):
     """Loss and logarithm of the mass of rows of logits, and whether the label is the likeliest.
 
@@ -217,7 +262,9 @@ BOUNDS: Mapping[str, float] = {
     "attention": 1e-5,
     "attention_paged": 1e-5,
     "experts": 1e-5,
+    "sparse_layer": 1e-5,
     "route": 1e-5,
+    "router_load": 1e-5,
     "cross_entropy_rows_": 1e-5,
 }
 """Largest difference to the reference, relative to the reference's RMS, for float32 inputs."""
@@ -279,7 +326,10 @@ class Ops:
     attention: Attention
     attention_paged: PagedAttention
     experts: Experts
+    sparse_layer: SparseLayer | None
+    """None where the layer's ops run one after the other."""
     route: Route
+    router_load: RouterLoads
     cross_entropy_rows_: CrossEntropyRows
     report: tuple[str, ...]
     """One line per op: the backend that runs and why the preferred ones do not."""

@@ -25,6 +25,7 @@ from qnext.ops import (
     norm_native,
     rope,
     route,
+    sparse_layer,
 )
 from qnext.ops.contracts import Impl, Ops, OpSpec, native_for_gradients, only_for_gradients
 
@@ -38,6 +39,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     **delta_layer.IMPLS,
     **attention.IMPLS,
     **moe.IMPLS,
+    **sparse_layer.IMPLS,
     **route.IMPLS,
     **cross_entropy.IMPLS,
     "attention": (*attention_native.IMPLS["attention"], *attention.IMPLS["attention"]),
@@ -47,7 +49,10 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     ),
     "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
-JOINED = {"delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated")}
+JOINED = {
+    "delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated"),
+    "sparse_layer": ("elementwise", "experts", "linear", "route"),
+}
 """Ops that stand for several others: asking for one of those by name leaves them apart."""
 OP_NAMES = tuple(item.name for item in fields(Ops) if item.name != "report")
 

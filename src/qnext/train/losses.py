@@ -192,7 +192,7 @@ class _Routing:
         scope: str,
     ) -> None:
         self.batch, self.denominators, self.scope = batch, denominators, scope
-        self.route, self.slots = model.ops.route, model.config.num_experts_per_tok
+        self.load, self.slots = model.ops.router_load, model.config.num_experts_per_tok
         self.experts = model.config.num_experts
         self.fractions_LE = fractions_LE
         count, device = router_count(model), model.device
@@ -229,24 +229,19 @@ class _Routing:
         if not pieces or not sum(piece.shape[0] for piece in pieces):
             return
         logits_nE = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        lse_n1 = logits_nE.logsumexp(-1, keepdim=True)
-        log_p_nE = logits_nE - lse_n1
-        p_nE = log_p_nE.exp()
-        # Only who is chosen matters here; their shares of each other are cheaper than of all.
-        _, chosen_nX = self.route(logits=logits_nE.detach(), slots=self.slots, rescale=True)
-        counts_E = torch.bincount(chosen_nX.flatten(), minlength=self.experts)
+        load = self.load(logits=logits_nE, slots=self.slots)
         if self.scope == "micro":
-            share_E = fractions(counts_E[None])[0]
+            share_E = fractions(load.counts[None])[0]
         elif self.fractions_LE is None:
-            share_E = p_nE.new_full((self.experts,), 1.0 / self.experts)
+            share_E = load.probability.new_full((self.experts,), 1.0 / self.experts)
         else:
-            share_E = self.fractions_LE[router].to(p_nE.device, p_nE.dtype)
-        p_E = p_nE.sum(0)
-        self.balance = self.balance + self.experts * (share_E * p_E).sum() / (tokens * routers)
-        self.z = self.z + lse_n1.square().sum() / (tokens * routers)
-        self.counts_LE[router] += counts_E
-        self.probability_LE[router] += p_E.detach()
-        self.entropy_L[router] -= (p_nE.detach() * log_p_nE.detach()).sum()
+            share_E = self.fractions_LE[router].to(load.probability)
+        sums = (share_E * load.probability).sum()
+        self.balance = self.balance + self.experts * sums / (tokens * routers)
+        self.z = self.z + load.squares / (tokens * routers)
+        self.counts_LE[router] += load.counts
+        self.probability_LE[router] += load.probability.detach()
+        self.entropy_L[router] += load.entropy
 
 
 def _real_mtp_rows(batch: TrainBatch, depth: int) -> int:

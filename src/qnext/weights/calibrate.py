@@ -107,7 +107,7 @@ def _watch(module: SparseMoe, into: _Squares, between: _Squares):
             between.add(e, F.silu(gate) * up)
         return plain(h=h, ids=ids, weights=weights, gate_up=gate_up, down=down)
 
-    module.ops = replace(before, experts=experts)
+    module.ops = replace(before, experts=experts, sparse_layer=None)
 
     def restore() -> None:
         module.ops = before
