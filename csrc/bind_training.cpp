@@ -271,27 +271,32 @@ void bind_training(nb::module_& m) {
   m.def(
       "norm_forward",
       [](int64_t rows, int64_t width, int64_t stride, bool half, float eps, Address x,
-         Address weight, Address y, Address inverse) {
+         Address weight, Address y, Address inverse, Address added, Address sum) {
         NormCall call = norm_call(rows, width, stride, half, x, weight, inverse);
         call.eps = eps;
         call.y = at<void>(y);
+        call.added = at<void>(added);
+        call.sum = at<void>(sum);
         training_kernels(current_isa()).norm_forward(call);
       },
       nb::call_guard<nb::gil_scoped_release>(),
       "Zero-centred norm: rows of x `stride` numbers apart, weight [D] -> y [rows, D] and what\n"
-      "each row was multiplied by, inverse [rows].");
+      "each row was multiplied by, inverse [rows]. Where added [rows, D] is not 0, x + added is\n"
+      "normed instead and written to sum.");
   m.def(
       "norm_backward",
       [](int64_t rows, int64_t width, int64_t stride, bool half, Address x, Address weight,
-         Address inverse, Address d_y, Address d_x, Address d_weight) {
+         Address inverse, Address d_y, Address d_sum, Address d_x, Address d_weight) {
         NormCall call = norm_call(rows, width, stride, half, x, weight, inverse);
         call.d_y = at<void>(d_y);
+        call.d_sum = at<void>(d_sum);
         call.d_x = at<void>(d_x);
         call.d_weight = at<float>(d_weight);
         obtained(training_kernels(current_isa()).norm_backward(call));
       },
       nb::call_guard<nb::gil_scoped_release>(),
-      "As norm_forward, with inverse and d_y -> d_x [rows, D] and d_weight [D].");
+      "As norm_forward, with what was normed as x, inverse and d_y -> d_x [rows, D], to which d_sum\n"
+      "is added unless it is 0, and d_weight [D].");
   m.def(
       "route_forward",
       [](int64_t rows, int64_t experts, int64_t slots, bool rescale, Address logits,

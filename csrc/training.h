@@ -92,7 +92,8 @@ struct AttentionCall {
   void* d_v;
 };
 
-// Zero-centred RMS norm: y = x / rms(x) * (1 + weight).
+// Zero-centred RMS norm: y = x / rms(x) * (1 + weight). With `added`, x + added takes the place of x
+// and is written to `sum`; in backward `d_sum` is the gradient of x from elsewhere.
 struct NormCall {
   Number number;  // of x, y and their gradients
   int64_t rows, width;
@@ -105,6 +106,9 @@ struct NormCall {
   const void* d_y;
   void* d_x;        // [rows][width]
   float* d_weight;
+  const void* added;  // [rows][width] or null
+  void* sum;          // [rows][width]
+  const void* d_sum;  // [rows][width] or null
 };
 
 // Softmax over experts and the largest `slots` of it, the lower number first among equals.

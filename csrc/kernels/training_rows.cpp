@@ -17,6 +17,14 @@ void norm_rows(const NormCall& c) {
     const T* x = static_cast<const T*>(c.x) + p * c.stride;
     T* y = static_cast<T*>(c.y) + p * D;
     Vec squares = Vec::zero();
+    if (c.added) {
+      const T* added = static_cast<const T*>(c.added) + p * D;
+      T* sum = static_cast<T*>(c.sum) + p * D;
+      for (int64_t d = 0; d < D; d += Vec::width) {
+        store_some(load_some(x + d, D - d) + load_some(added + d, D - d), sum + d, D - d);
+      }
+      x = sum;
+    }
     for (int64_t d = 0; d < D; d += Vec::width) {
       const Vec v = load_some(x + d, D - d);
       squares = fma(v, v, squares);
@@ -52,6 +60,7 @@ bool norm_rows_backward(const NormCall& c) {
       const T* x = static_cast<const T*>(c.x) + p * c.stride;
       const T* d_y = static_cast<const T*>(c.d_y) + p * D;
       T* d_x = static_cast<T*>(c.d_x) + p * D;
+      const T* d_sum = c.d_sum ? static_cast<const T*>(c.d_sum) + p * D : nullptr;
       const Vec by = Vec::set(c.inverse[p]);
       Vec along = Vec::zero();
       for (int64_t d = 0; d < D; d += Vec::width) {
@@ -65,7 +74,8 @@ bool norm_rows_backward(const NormCall& c) {
         const int64_t n = D - d;
         const Vec normed = load_some(x + d, n) * by;
         const Vec slope = load_some(d_y + d, n) * (one + load_some(c.weight + d, n));
-        store_some((slope - normed * mean) * by, d_x + d, n);
+        const Vec through = (slope - normed * mean) * by;
+        store_some(d_sum ? through + load_some(d_sum + d, n) : through, d_x + d, n);
       }
     }
     for (int64_t d = 0; d < D; ++d) total[d] += static_cast<double>(part[d]);

@@ -13,7 +13,7 @@ from qnext.ops.delta_layer import delta_layer_native
 from qnext.ops.experts_native import experts_native
 from qnext.ops.moe import experts_training
 from qnext.ops.norm import rms_norm_zero_centred_training
-from qnext.ops.norm_native import rms_norm_zero_centred_native
+from qnext.ops.norm_native import residual_norm_native, rms_norm_zero_centred_native
 from qnext.ops.route import (
     route_native,
     route_reference,
@@ -222,6 +222,38 @@ def test_norm(kernels, shape, dtype):
     assert torch.equal(
         rms_norm_zero_centred_native(x=x, weight=inputs["weight"], eps=1e-6), got["out"]
     )
+
+
+@pytest.mark.parametrize("used", ["both", "sum", "normed"])
+@pytest.mark.parametrize("with_added", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residual_norm(kernels, dtype, with_added, used):
+    generator = torch.Generator().manual_seed(0)
+    x, added = (torch.randn(70, 37, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(37, generator=generator) * 0.1
+    slopes = [torch.randn(70, 37, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def plain(*, x, added, weight, eps):
+        total = x if added is None else x + added
+        return total, rms_norm_zero_centred_training(x=total, weight=weight, eps=eps)
+
+    def run(function, leaves):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        more = leaves[2] if with_added else None
+        found = function(x=leaves[0], added=more, weight=leaves[1], eps=1e-6)
+        parts = [(out.double() * slope).sum() for out, slope in zip(found, slopes, strict=True)]
+        loss = {"both": sum(parts), "sum": parts[0], "normed": parts[1]}[used]
+        wanted = leaves if with_added else leaves[:2]
+        return [*(out.detach() for out in found),
+                *torch.autograd.grad(loss, wanted, materialize_grads=True)]  # fmt: skip
+
+    leaves = [x, weight, added]
+    want = run(plain, [leaf.double() for leaf in leaves])
+    got = run(residual_norm_native, leaves)
+    bound = 2e-6 if dtype == torch.float32 else 8e-3
+    for mine, exact in zip(got, want, strict=True):
+        assert (mine.double() - exact).norm() <= bound * exact.norm()
+    assert torch.equal(x, leaves[0])
 
 
 @pytest.mark.parametrize("rescale", [True, False])

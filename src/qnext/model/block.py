@@ -6,7 +6,7 @@ from qnext.config import ModelConfig
 from qnext.model.attention import GatedAttention
 from qnext.model.batch import TokenBatch
 from qnext.model.deltanet import GatedDeltaNet
-from qnext.model.layers import Mlp, RmsNorm, Taps
+from qnext.model.layers import Mlp, ResidualNorm, Taps
 from qnext.model.moe import SparseMoe
 from qnext.model.view import CacheView
 from qnext.ops import Ops
@@ -28,8 +28,8 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = GatedAttention(config, cache_layer, ops)
         self.mlp = SparseMoe(config, ops) if sparse else Mlp(config, config.intermediate_size, ops)
-        self.input_layernorm = RmsNorm(config.hidden_size, config, ops)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, config, ops)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config, ops)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config, ops)
 
     def forward(
         self,
@@ -40,12 +40,12 @@ class DecoderLayer(nn.Module):
         taps: Taps | None,
     ) -> Tensor:
         """[P, D] -> [P, D]."""
-        normed_PD = self.input_layernorm(h_PD)
+        h_PD, normed_PD = self.input_layernorm(h_PD)
         if self.kind == "linear_attention":
-            h_PD = h_PD + self.linear_attn(normed_PD, batch, view)
+            mixed_PD = self.linear_attn(normed_PD, batch, view)
         else:
-            h_PD = h_PD + self.self_attn(normed_PD, batch, rope, view, taps)
-        normed_PD = self.post_attention_layernorm(h_PD)
+            mixed_PD = self.self_attn(normed_PD, batch, rope, view, taps)
+        h_PD, normed_PD = self.post_attention_layernorm(h_PD, mixed_PD)
         if isinstance(self.mlp, SparseMoe):
             return self.mlp(normed_PD, taps, h_PD)
         return h_PD + self.mlp(normed_PD)

@@ -31,6 +31,23 @@ class RmsNorm(nn.Module):
         return self.norm(x=x, weight=self.weight, eps=self.eps)
 
 
+class ResidualNorm(RmsNorm):
+    """The norm of a sum that others read too."""
+
+    def __init__(self, dim: int, config: ModelConfig, ops: Ops) -> None:
+        super().__init__(dim, config, ops)
+        self.joined = ops.residual_norm if config.is_hybrid else None
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[..., D] each -> x + added, and its norm."""
+        if self.joined is not None:
+            found = self.joined(x=x, added=added, weight=self.weight, eps=self.eps)
+            if found is not None:
+                return found
+        total = x if added is None else x + added
+        return total, self.norm(x=total, weight=self.weight, eps=self.eps)
+
+
 class GatedRmsNorm(nn.Module):
     """Output norm of a delta layer; its weight is stored around 1, not around 0."""
 

@@ -27,6 +27,18 @@ class RmsNorm(Protocol):
     def __call__(self, *, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
 
+class ResidualNorm(Protocol):
+    """``x + added`` and its zero-centred norm; without ``added`` x itself and its norm.
+
+    Shapes: x and added [P, D], weight [D] -> both [P, D] in the dtype of x. None for tensors it
+    does not take: then the ops run one after the other.
+    """
+
+    def __call__(
+        self, *, x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+
 class GatedRmsNorm(Protocol):
     """``weight * x / rms(x) * silu(gate)``, all in float32 until the cast to the dtype of gate.
 
@@ -249,6 +261,7 @@ class CrossEntropyRows(Protocol):
 BOUNDS: Mapping[str, float] = {
     "rms_norm": 1e-5,
     "rms_norm_zero_centred": 1e-5,
+    "residual_norm": 1e-5,
     "rms_norm_gated": 1e-5,
     "linear": 1e-5,
     "elementwise": 1e-6,
@@ -310,6 +323,8 @@ class Ops:
 
     rms_norm: RmsNorm
     rms_norm_zero_centred: RmsNorm
+    residual_norm: ResidualNorm | None
+    """None where sum and norm run one after the other."""
     rms_norm_gated: GatedRmsNorm
     linear: Linear
     elementwise: Elementwise

@@ -31,6 +31,7 @@ from qnext.ops.contracts import Impl, Ops, OpSpec, native_for_gradients, only_fo
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     **norm.IMPLS,
+    "residual_norm": norm_native.IMPLS["residual_norm"],
     **linear.IMPLS,
     **elementwise.IMPLS,
     **rope.IMPLS,
@@ -50,6 +51,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
     "experts": (*experts_native.IMPLS["experts"], *moe.IMPLS["experts"]),
 }
 JOINED = {
+    "residual_norm": ("rms_norm_zero_centred",),
     "delta_layer": ("causal_conv", "elementwise", "gated_delta_whole", "rms_norm_gated"),
     "sparse_layer": ("elementwise", "experts", "linear", "route"),
 }

@@ -128,7 +128,9 @@ class FirstBad:
 
     def _noting(self, name: str) -> Any:
         def note(module: nn.Module, inputs: object, output: object) -> None:
-            if self.name is None and isinstance(output, Tensor) and not _is_finite(output):
+            found = output if isinstance(output, tuple) else (output,)
+            good = all(_is_finite(x) for x in found if isinstance(x, Tensor))
+            if self.name is None and not good:
                 self.name = f"output of {name}"
 
         return note
