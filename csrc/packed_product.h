@@ -236,6 +236,31 @@ void pack_columns(const T* x, int64_t columns, int64_t depth, int64_t stride, La
 // What becomes of a sum: written as float, added to a float, or rounded to the operands' type.
 enum class Put { set, add, round };
 
+// Memory that is asked for while a product runs, because what follows reads or writes it: some lines
+// with every tile.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int64_t lines = 0;  // with each tile
+  bool write = false;
+
+  template <class T>
+  static Ahead of(const T* p, int64_t count, int64_t tiles, bool write) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    const char* start = reinterpret_cast<const char*>(p);
+    return {start, start + bytes, bytes / 64 / (tiles > 0 ? tiles : 1) + 1, write};
+  }
+  void some() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) {
+      if (write) {
+        __builtin_prefetch(at, 1, 2);
+      } else {
+        __builtin_prefetch(at, 0, 2);
+      }
+    }
+  }
+};
+
 // Rows of the left operand: lane p of row i is rows[i][p * step].
 struct Left {
   const Lane* const* rows;
@@ -275,9 +300,10 @@ void product_tile(const Lane* const* a, int64_t step, const Lane* b, int64_t lan
 
 template <class T, int V>
 void product_panel(Left a, const Lane* b, int64_t lanes, int64_t rows, int64_t column,
-                   int64_t columns, void* const* out, Put put) {
+                   int64_t columns, void* const* out, Put put, Ahead& ahead) {
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) {
+    ahead.some();
     product_tile<T, kTileRows, V>(a.rows + i, a.step, b, lanes, column, columns, out + i, put);
   }
   if constexpr (kTileRows > 4) {
@@ -293,16 +319,21 @@ void product_panel(Left a, const Lane* b, int64_t lanes, int64_t rows, int64_t c
   }
 }
 
+// Tiles of a product, but for what is left over.
+inline int64_t tiles_of(int64_t rows, int64_t columns) {
+  return rows / kTileRows * panels_of(columns);
+}
+
 // out[i][j] (=, += or rounded) sum over lanes p of a[i][p] . packed[p][j], for rows x columns.
 template <class T>
 void product(Left a, const Lane* packed, int64_t lanes, int64_t rows, int64_t columns,
-             void* const* out, Put put) {
+             void* const* out, Put put, Ahead ahead = {}) {
   for (int64_t c = 0; c < columns; c += kPanel) {
     if (c + kPanel <= columns) {
-      product_panel<T, kTileVectors>(a, packed, lanes, rows, c, columns, out, put);
+      product_panel<T, kTileVectors>(a, packed, lanes, rows, c, columns, out, put, ahead);
     } else {
       for (int64_t v = 0; c + v < columns; v += Vec::width) {
-        product_panel<T, 1>(a, packed + v, lanes, rows, c + v, columns, out, put);
+        product_panel<T, 1>(a, packed + v, lanes, rows, c + v, columns, out, put, ahead);
       }
     }
     packed += lanes * kPanel;

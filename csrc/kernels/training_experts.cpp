@@ -156,7 +156,8 @@ struct Forward {
     return true;
   }
 
-  void run(const ExpertsCall& c, const Expert<T>& x, Put put, float* sums) {
+  // `next` is the expert that follows, or null.
+  void run(const ExpertsCall& c, const Expert<T>& x, const Expert<T>* next, Put put, float* sums) {
     const int64_t D = c.width, F = x.inner;
     const T* rows = x.gate;
     if (x.up != x.gate + F * D) {
@@ -173,13 +174,18 @@ struct Forward {
         left[i] = lanes(static_cast<const T*>(c.h) + x.token(first + i) * D);
         out[i] = before + i * 2 * F;
       }
-      product<T>({left, 1}, wide, D / kPerLane<T>, n, 2 * F, out, Put::round);
+      const bool last = first + n == x.rows && next;
+      const Ahead wide_next =
+          last ? Ahead::of(next->gate, 2 * next->inner * D, tiles_of(n, 2 * F), false) : Ahead();
+      product<T>({left, 1}, wide, D / kPerLane<T>, n, 2 * F, out, Put::round, wide_next);
       for (int64_t i = 0; i < n; ++i) {
         activate(before + i * 2 * F, x.weights[x.slot(first + i)], F, scaled + i * F);
         left[i] = lanes(scaled + i * F);
         out[i] = sums + x.token(first + i) * D;
       }
-      product<T>({left, 1}, narrow, F / kPerLane<T>, n, D, out, put);
+      const Ahead narrow_next =
+          last ? Ahead::of(next->down, next->inner * D, tiles_of(n, D), false) : Ahead();
+      product<T>({left, 1}, narrow, F / kPerLane<T>, n, D, out, put, narrow_next);
     }
   }
 };
@@ -215,7 +221,7 @@ struct Backward {
     return true;
   }
 
-  void run(const ExpertsCall& c, const Expert<T>& x, Put put, float* sums) {
+  void run(const ExpertsCall& c, const Expert<T>& x, const Expert<T>* next, Put put, float* sums) {
     const int64_t D = c.width, F = x.inner;
     for (int64_t d = 0; d < D; ++d) rows_of[d] = x.down + d * F;
     pack_rows(rows_of, D, F, kPanel, narrow);
@@ -233,7 +239,9 @@ struct Backward {
         left[i] = lanes(rows_of[i]);
         out[i] = d_scaled + i * F;
       }
-      product<T>({left, 1}, narrow, D / kPerLane<T>, n, F, out, Put::set);
+      const Ahead down_found =
+          only ? Ahead::of(x.d_down, F * D, tiles_of(n, F), true) : Ahead();
+      product<T>({left, 1}, narrow, D / kPerLane<T>, n, F, out, Put::set, down_found);
       const T* before = x.before + first * 2 * F;
       for (int64_t i = 0; i < n; ++i) {
         const int64_t slot = x.slot(first + i);
@@ -249,7 +257,9 @@ struct Backward {
         left[d] = turned + d;
         out[d] = only ? static_cast<void*>(x.d_down + d * F) : d_down + d * F;
       }
-      product<T>({left, D}, packed, depth, D, F, out, gradient);
+      const Ahead wide_found =
+          only && x.slots ? Ahead::of(x.d_gate, 2 * F * D, tiles_of(D, F), true) : Ahead();
+      product<T>({left, D}, packed, depth, D, F, out, gradient, wide_found);
       // d_gate, d_up = d_before^T h
       for (int64_t i = 0; i < n; ++i) rows_of[i] = d_before + i * 2 * F;
       pack_rows(rows_of, n, 2 * F, 2 * F, turned);
@@ -261,13 +271,18 @@ struct Backward {
         left[f] = turned + f;
         out[f] = only ? static_cast<void*>(x.d_wide(f, D)) : d_sums + f * D;
       }
-      product<T>({left, 2 * F}, packed, depth, 2 * F, D, out, gradient);
+      const bool last = first + n == x.rows && next;
+      const Ahead narrow_next =
+          last ? Ahead::of(next->down, next->inner * D, tiles_of(2 * F, D), false) : Ahead();
+      product<T>({left, 2 * F}, packed, depth, 2 * F, D, out, gradient, narrow_next);
       // d_h += d_before [gate; up]
       for (int64_t i = 0; i < n; ++i) {
         left[i] = lanes(d_before + i * 2 * F);
         out[i] = sums + x.token(first + i) * D;
       }
-      product<T>({left, 1}, wide, 2 * F / kPerLane<T>, n, D, out, put);
+      const Ahead wide_next =
+          last ? Ahead::of(next->gate, 2 * next->inner * D, tiles_of(n, D), false) : Ahead();
+      product<T>({left, 1}, wide, 2 * F / kPerLane<T>, n, D, out, put, wide_next);
     }
     if (x.rows <= kBlock) return;
     round_to<T>(d_sums, nullptr, F * D, x.d_gate);
@@ -282,14 +297,15 @@ bool all(const ExpertsCall& c, float* sums) {
   Pass pass;
   if (!pass.obtain(c)) return false;
   if (c.shared.inner) {
-    pass.run(c, shared<T>(c), Put::set, sums);
+    pass.run(c, shared<T>(c), nullptr, Put::set, sums);
   } else {
     memset(sums, 0, static_cast<size_t>(c.tokens * c.width) * sizeof(float));
   }
   for (int64_t e = 0; e < c.experts; ++e) {
     const Expert<T> x = routed<T>(c, e);
     if (x.rows) {
-      pass.run(c, x, Put::add, sums);
+      const Expert<T> next = routed<T>(c, e + 1 < c.experts ? e + 1 : e);
+      pass.run(c, x, e + 1 < c.experts ? &next : nullptr, Put::add, sums);
     } else if (x.d_gate) {
       memset(x.d_gate, 0, 2 * numbers * sizeof(T));
       memset(x.d_down, 0, numbers * sizeof(T));
