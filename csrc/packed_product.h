@@ -276,6 +276,12 @@ void product_tile(const Lane* const* a, int64_t step, const Lane* b, int64_t lan
   }
   const Lane* left[R];
   for (int r = 0; r < R; ++r) left[r] = a[r];
+  if (put == Put::add) {  // what is added to is often far away
+    for (int r = 0; r < R; ++r) {
+      const float* to = static_cast<const float*>(out[r]) + column;
+      for (int v = 0; v < V; ++v) __builtin_prefetch(to + v * Vec::width, 1, 3);
+    }
+  }
   for (int64_t p = 0; p < lanes; ++p) {
     LaneVec right[V];
     for (int v = 0; v < V; ++v) right[v] = LaneVec::load(b + p * kPanel + v * Vec::width);
