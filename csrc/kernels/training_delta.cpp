@@ -98,6 +98,14 @@ struct Scratch {
   }
 };
 
+// Asks for memory that will be read soon.
+template <class T>
+void ask(const T* from, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(from);
+  const char* end = reinterpret_cast<const char*>(from + count);
+  for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+}
+
 template <class T>
 void load_taps(const Layer<T>& l, int64_t u, float* taps) {
   for (int64_t x = 0; x < l.mixed_width; ++x) {
@@ -125,22 +133,43 @@ float to_unit(const float* raw, int64_t count, float scale, float* out) {
   return inverse;
 }
 
+// Sums over the taps of one row, of which it sees `seen` rows, itself and those before it.
+template <class T>
+void mix(const T* x, int64_t stride, const float* taps, int64_t J, int64_t seen, int64_t L,
+         float* out) {
+  if (seen == 4 && J == 4) {
+    const float *t0 = taps + 3 * L, *t1 = t0 - L, *t2 = t1 - L, *t3 = taps;
+    for (int64_t i = 0; i < L; i += Vec::width) {
+      const int64_t n = L - i;
+      Vec sum = fma(load_some(x + i, n), load_some(t0 + i, n), Vec::zero());
+      sum = fma(load_some(x - stride + i, n), load_some(t1 + i, n), sum);
+      sum = fma(load_some(x - 2 * stride + i, n), load_some(t2 + i, n), sum);
+      sum = fma(load_some(x - 3 * stride + i, n), load_some(t3 + i, n), sum);
+      store_some(sum, out + i, n);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < L; i += Vec::width) {
+    const int64_t n = L - i;
+    Vec sum = Vec::zero();
+    for (int64_t back = 0; back < seen; ++back) {
+      sum = fma(load_some(x - back * stride + i, n), load_some(taps + (J - 1 - back) * L + i, n),
+                sum);
+    }
+    store_some(sum, out + i, n);
+  }
+}
+
 // Tokens first ... first + tokens - 1 of the document that begins at `begin`, ready for the core.
+// Rows that far from them (`next`) are read after these.
 template <class T>
 void prepare(const Layer<T>& l, const Scratch& s, int64_t u, int64_t begin, int64_t first,
-             int64_t tokens) {
-  const int64_t L = l.mixed_width, J = l.J, K = l.K, M = l.M, C = l.C;
-  for (int64_t x = 0; x < L; x += Vec::width) {
-    const int64_t n = L - x;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t p = first + t;
-      Vec sum = Vec::zero();
-      for (int64_t back = 0; back < J && p - back >= begin; ++back) {
-        sum = fma(load_some(l.input(p - back, u) + x, n),
-                  load_some(s.taps + (J - 1 - back) * L + x, n), sum);
-      }
-      store_some(sum, s.mixed + t * L + x, n);
-    }
+             int64_t tokens, int64_t next) {
+  const int64_t L = l.mixed_width, K = l.K, M = l.M, C = l.C;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t p = first + t, seen = p - begin + 1;
+    if (p + next >= 0 && p + next < l.call.tokens) ask(l.input(p + next, u), l.segment);
+    mix(l.input(p, u), l.row, s.taps, l.J, seen < l.J ? seen : l.J, L, s.mixed + t * L);
   }
   const float scale = 1.0f / sqrtf(static_cast<float>(K));
   for (int64_t t = 0; t < tokens; ++t) {
@@ -188,7 +217,7 @@ bool forward(const DeltaLayerCall& call) {
       for (int64_t first = begin; first < end; first += C, ++chunk) {
         const int64_t tokens = end - first < C ? end - first : C;
         const bool last = first + tokens == end;
-        prepare(l, s, u, begin, first, tokens);
+        prepare(l, s, u, begin, first, tokens, C);
         const KeyHead x = s.key_head(tokens, C, K, M);
         key_products(x);
         for (int64_t w = 0; w < l.r; ++w) {
@@ -343,7 +372,7 @@ void chunk_backward(const Layer<T>& l, const Scratch& s, const Gradients& z, int
                     double* d_dt_bias) {
   const DeltaLayerCall& call = l.call;
   const int64_t K = l.K, M = l.M, C = l.C, W = l.W, L = l.mixed_width;
-  prepare(l, s, u, begin, first, tokens);
+  prepare(l, s, u, begin, first, tokens, -C);
   const KeyHead x = s.key_head(tokens, C, K, M);
   key_products(x);
   memset(z.d_q, 0, static_cast<size_t>(tokens * K) * sizeof(float));
@@ -351,8 +380,15 @@ void chunk_backward(const Layer<T>& l, const Scratch& s, const Gradients& z, int
   memset(z.d_norm, 0, static_cast<size_t>(M) * sizeof(float));
   for (int64_t w = 0; w < l.r; ++w) {
     const int64_t head = u * l.r + w;
+    const float* state = call.states + (chunk * W + head) * K * M;
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t p = first + t, at = (p * W + head) * M;
+      const int64_t p = first + t, at = (p * W + head) * M, before = at - C * W * M;
+      if (p >= C) {  // the chunk before is next
+        ask(call.out + before, M);
+        ask(call.written + before, M);
+        ask(static_cast<const T*>(call.d_y) + before, M);
+      }
+      if (chunk) ask(state - W * K * M + t * K * M / C, K * M / C);
       T* d_gate = static_cast<T*>(call.d_qkvz) + p * l.row + u * l.segment + L + w * M;
       through_norm(call.out + at, l.gate(p, u, w), static_cast<const T*>(call.d_y) + at, call.norm,
                    call.eps, M, z.d_out + t * M, d_gate, z.d_norm);
@@ -361,9 +397,8 @@ void chunk_backward(const Layer<T>& l, const Scratch& s, const Gradients& z, int
     const Decays y = s.head(w, C);
     decays(x, y);
     float* d_v = z.d_v + w * C * M;
-    core_backward(x, y, {call.states + (chunk * W + head) * K * M, s.written, z.d_out,
-                         z.d_state + w * K * M, z.d_q, z.d_k, d_v, z.d_g + w * C, z.d_b + w * C,
-                         z.core});
+    core_backward(x, y, {state, s.written, z.d_out, z.d_state + w * K * M, z.d_q, z.d_k, d_v,
+                         z.d_g + w * C, z.d_b + w * C, z.core});
     const float rate = -expf(call.a_log[head]);
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t p = first + t;
