@@ -125,21 +125,37 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back to the system after every step.
+    """Tell glibc to keep freed memory instead of giving it back to the system after every step, and
+    the system to lay it out in large pages.
 
-    Faulting gigabytes in again costs more than a third of the time of a training step on a CPU.
-    Other C libraries decide for themselves.
+    Faulting gigabytes in again costs more than a third of the time of a training step on a CPU;
+    small pages cost a tenth. Other C libraries decide for themselves.
     """
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is None:
         return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+    trim_threshold, top_pad, mmap_max, arena_max, never = -1, -2, -4, -8, -1
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, never)
     mallopt(top_pad, 2**29)
+    # What is allocated and freed here stays with malloc, which hands it out piece by piece; nothing
+    # of it is real memory before it is written.
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_AVPHYS_PAGES") // 2 * page
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    block = libc.malloc(size)
+    if block is None:
+        return
+    large_pages = 14
+    start = block // page * page
+    libc.madvise(start, (block + size - start) // page * page, large_pages)
+    libc.free(block)
 
 
 def _operands(arguments: argparse.Namespace, usage: str) -> list[str]:

@@ -91,11 +91,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         loss, lse = x.new_empty(R, dtype=wide), x.new_empty(R, dtype=wide)
         hits = torch.empty(R, dtype=torch.bool, device=x.device)
-        dx = torch.zeros_like(x) if needs_x else None
-        dw = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        numbers = max(1, block_bytes // wide.itemsize)
-        rows = max(LEAST_ROWS, numbers // V)
-        columns = max(1, min(V, numbers // rows))
+        # Only the native form needs no copy of the logits in a wider type.
+        size = x.itemsize if rows_op is cross_entropy_rows_native_ else wide.itemsize
+        rows = max(LEAST_ROWS, max(1, block_bytes // size) // V)
+        columns = max(1, min(V, max(1, block_bytes // size) // rows))
+        # One block's gradients are those of all rows: nothing has to be added, and rounded later.
+        only = 0 < R <= rows and columns == V
+        dx = torch.zeros_like(x) if needs_x and not only else None
+        dw = torch.zeros_like(weight, dtype=wide) if needs_weight and not only else None
         for start in range(0, R, rows):
             part = slice(start, start + rows)
             x_BD, labels_B, weights_B = x[part], labels[part], weights[part].to(wide)
@@ -105,7 +108,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss[part], lse[part], hits[part] = rows_op(
                     logits=logits_BV, labels=labels_B, weights=weights_B, slopes=wanted
                 )
-                slopes = ((0, logits_BV),) if wanted else ()
+                if only and needs_x:
+                    dx = logits_BV @ weight
+                if only and needs_weight:
+                    dw = logits_BV.T @ x
+                slopes = ((0, logits_BV),) if wanted and not only else ()
             else:
                 lse[part], label_B, first_B = _scan(x_BD, weight, labels_B, columns, wide)
                 loss[part], hits[part] = lse[part] - label_B, first_B == labels_B
