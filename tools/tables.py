@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/benchmarks.md from docs/results/*.json.
+"""Writes the measured tables of README.md and of docs/*.md from docs/results/*.json.
 
     python -m tools.tables            rewrite the tables
     python -m tools.tables --check    exit 1 when a table is stale
@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "training.md",
+)
 BLOCK = re.compile(r"(<!-- table:([a-z_]+)( head)? -->\n).*?(<!-- /table -->)", re.DOTALL)
 MADE_BY = {
+    "evidence": "python -m recipes.evidence --record",
     "native_speed": "make bench",
     "structured": "python -m benchmarks.structured --record",
     "train_speed": "python -m benchmarks.train_speed --record",
