@@ -42,6 +42,7 @@ from qnext.train.recipe import Need, Objectives, Recipe, Schedule, Stage
 from qnext.train.start import start_model
 from qnext.train.telemetry import Terminal
 from qnext.train.trainer import Trainer
+from qnext.train_command import keep_freed_memory
 
 BYTES, KEYS, VALUES = 256, 128, 64
 ROW = 512
@@ -409,6 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--record", action="store_true", help="write docs/results/evidence.json and .png"
     )
     options = parser.parse_args(arguments)
+    keep_freed_memory()
     rows = []
     for seed in range(1, options.seeds + 1):
         for name in options.only:
