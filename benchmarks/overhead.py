@@ -27,7 +27,6 @@ from tqdm import tqdm
 from benchmarks.harness import write_result
 from qnext import cost, native
 from qnext.config import ModelConfig
-from qnext.engine import drafting as drafting_module
 from qnext.engine.engine import Engine
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
@@ -157,7 +156,7 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         (runner, "keep", "keep"),
         (scheduler, "plan", "plan"),
         (engine, "_choose", "sample"),
-        (drafting_module, "choose", "sample"),
+        (engine.drafter, "_choose", "sample"),
         (engine, "step", "accept and report"),
     ]
     decoder = module = None
@@ -179,7 +178,7 @@ def watched(engine: Engine) -> Iterator[Stopwatch]:
         if isinstance(runner, NativeRunner):
             runner.native.decoder, runner.native.module = decoder, module
         for owner, name, work in kept:
-            if owner is drafting_module or name == "_choose":
+            if name == "_choose":
                 setattr(owner, name, work)
             else:
                 delattr(owner, name)  # the method of the class shows again

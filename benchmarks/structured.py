@@ -134,7 +134,8 @@ def mask_share(
             (MasksAhead, "begin"), (Future, "result"),
         ),
         "llguidance": tuple(
-            (GrammarMatcher, name) for name in ("fill", "accepts", "may_be_forced", "certain")
+            (GrammarMatcher, name)
+            for name in ("fill", "accepts", "may_end", "is_over", "may_be_forced", "certain")
         ),
     }  # fmt: skip
     for number in range(-1, rounds):

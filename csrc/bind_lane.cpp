@@ -78,8 +78,9 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
   }
   nb::list found;
   for (const Turn& turn : round.turns) {
-    found.append(nb::make_tuple(nb::cast(turn.tokens), turn.accepted, turn.tried, turn.close,
-                                turn.reason, nb::cast(turn.next), turn.wanted > 0));
+    found.append(nb::make_tuple(nb::cast(turn.tokens), turn.accepted, turn.tried,
+                                nb::cast(turn.close), turn.reason, nb::cast(turn.next),
+                                turn.wanted > 0));
   }
   return nb::make_tuple(found, round.forward_s, round.choose_s, round.draft_s);
 }

@@ -41,8 +41,8 @@ void choose_tokens(Turn& turn, const Round& round, const float* logits, int64_t 
     scores.n = round.defined;
     const Choice choice = choose(scores, chooser, round.tie_bound, false, bench);
     chooser.push(choice.token);
+    if (choice.close) turn.close.push_back(static_cast<int32_t>(turn.tokens.size()));
     turn.tokens.push_back(choice.token);
-    turn.close += choice.close;
     const bool agrees = i < count && turn.drafts[i] == choice.token;
     turn.tried += i < count;
     turn.accepted += agrees;

@@ -40,9 +40,9 @@ struct Turn {
 
   // Out. As many tokens were run and stay as were chosen.
   std::vector<int32_t> tokens, next;  // chosen now; drafts behind them
+  std::vector<int32_t> close;         // which of the tokens, counted from 0, are near-ties
   int64_t accepted = 0;               // drafts that were chosen too
   int64_t tried = 0;                  // drafts that were put to the test
-  int64_t close = 0;                  // near-ties among the tokens
   int reason = 0;                     // 1: an end token, 2: max_tokens
 };
 

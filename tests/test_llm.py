@@ -430,20 +430,34 @@ WRITTEN = (
     stop=st.sampled_from([(), ("moon",), ("r\n", "look")]),
     end=st.sampled_from(["length", "stop", "cancelled"]),
     inside=st.booleans(),
+    forced=st.sets(st.integers(0, 120)),
+    ties=st.sets(st.integers(0, 120)),
+    cut_at=st.none() | st.integers(0, 120),
 )
-def test_events_read_together_say_what_they_say_one_by_one(llm, cuts, text, stop, end, inside):
+def test_events_read_together_say_what_they_say_one_by_one(
+    llm, cuts, text, stop, end, inside, forced, ties, cut_at
+):
     ids = [*llm.tokenizer.encode(text, allow_added=True), llm.eos_ids[0]]
     logprobs = [TokenLogprobs(token_id=token, logprob=-0.5, top=()) for token in ids]
+    places = [0, *sorted(cut for cut in cuts if 0 < cut < len(ids)), len(ids)]
+    accepted = set()
+    for a, b in pairwise(places):
+        # A step chooses one token behind the drafts that it accepts.
+        accepted |= set([i for i in range(a, b) if i not in forced][:-1])
     events = [
         Event(request_id="x", token_ids=(token,), finish_reason=None, logprobs=(one,),
-              usage=Usage(prompt_tokens=1, completion_tokens=number + 1))
-        for number, (token, one) in enumerate(zip(ids, logprobs, strict=True))
+              forced_at=(i,) if i in forced else (), ties_at=(i,) if i in ties else (),
+              cut_at=cut_at,
+              usage=Usage(prompt_tokens=1, completion_tokens=i + 1,
+                          accepted_tokens=sum(place <= i for place in accepted)))
+        for i, (token, one) in enumerate(zip(ids, logprobs, strict=True))
     ]  # fmt: skip
     if end == "cancelled":
-        events.append(replace(events[-1], token_ids=(), logprobs=(), finish_reason=end))
+        last = replace(events[-1], token_ids=(), logprobs=(), forced_at=(), ties_at=())
+        events.append(replace(last, finish_reason=end))
+        places.append(len(events))
     else:
         events[-1] = replace(events[-1], finish_reason=end)
-    places = [0, *sorted(cut for cut in cuts if 0 < cut < len(events)), len(events)]
     found = []
     for pieces in (pairwise(range(len(events) + 1)), pairwise(places)):
         request = Request(id="x", prompt_ids=(1,), params=SamplingParams(stop=stop))
@@ -455,3 +469,9 @@ def test_events_read_together_say_what_they_say_one_by_one(llm, cuts, text, stop
         assert reader.must_read_at_once == bool(stop)
         found.append((Delta.joined(deltas), reader.stopped, reader._state))
     assert found[0] == found[1]
+    # What was found behind a stop string is not counted.
+    usage, told = found[0][0].usage, range(len(found[0][0].token_ids))
+    assert usage.forced_tokens == len(forced.intersection(told))
+    assert usage.near_ties == len(ties.intersection(told))
+    assert usage.accepted_tokens == len(accepted.intersection(told))
+    assert usage.reasoning_was_cut == (cut_at in told)

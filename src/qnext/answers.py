@@ -151,7 +151,7 @@ class TextReader:
         self._regions, self._state = regions, regions.start()
         self._calls_are_whole = tool_format is not None and bool(request.params.stop)
         self._has_thought = False
-        self._used = 0
+        self._used = self._forced = self._ties = self._accepted = self._accepted_before = 0
         self._ended = False
 
     def alike(self, request: Request) -> "TextReader":
@@ -168,7 +168,7 @@ class TextReader:
             emit, self.stopped, _ = self._stop.push(self._bytes.finish())
             raw += emit + ("" if self.stopped else self._stop.finish())
         self._ended = ends or self.stopped
-        self._used += used
+        self._count(event, used)
         parts = self._parser.push(raw)
         if self._ended:
             parts += self._parser.finish()
@@ -185,6 +185,10 @@ class TextReader:
             usage=replace(
                 event.usage,
                 completion_tokens=self._used,
+                forced_tokens=self._forced,
+                accepted_tokens=self._accepted,
+                near_ties=self._ties,
+                reasoning_was_cut=event.cut_at is not None and event.cut_at < self._used,
                 # The newlines of a block that was left empty are no reasoning.
                 reasoning_tokens=self._state.thought if self._has_thought else 0,
             ),
@@ -207,6 +211,17 @@ class TextReader:
         else:
             found = [self.push(Event.joined(events))]
         return [delta for delta in found if delta is not None]
+
+    def _count(self, event: Event, used: int) -> None:
+        """Count the first ``used`` tokens of an event; those behind a stop string never were."""
+        self._used += used
+        forced = sum([place < self._used for place in event.forced_at])
+        self._forced += forced
+        self._ties += sum([place < self._used for place in event.ties_at])
+        # What a step accepts comes first of what it chooses.
+        new = event.usage.accepted_tokens - self._accepted_before
+        self._accepted += min(new, used - forced)
+        self._accepted_before = event.usage.accepted_tokens
 
     @property
     def must_read_at_once(self) -> bool:

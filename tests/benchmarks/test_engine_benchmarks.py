@@ -11,7 +11,6 @@ from benchmarks import overhead, speculation, speculation_steps
 from qnext import LLM, save_model
 from qnext.config import ModelConfig
 from qnext.cost import parameters
-from qnext.engine import drafting as drafting_module
 from qnext.engine.engine import Engine
 from qnext.engine.speculative import MAX_DRAFTS
 from qnext.errors import RequestError
@@ -93,7 +92,7 @@ def test_nothing_is_left_of_the_stopwatch(runners, kind):
 
     def found() -> tuple[object, ...]:
         native_parts = getattr(model, "decoder", None), getattr(model, "module", None)
-        return engine._choose, drafting_module.choose, *native_parts
+        return engine._choose, engine.drafter._choose, *native_parts
 
     before = found()
     with overhead.watched(engine):

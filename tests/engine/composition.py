@@ -26,6 +26,7 @@ from qnext import llm as llm_module
 from qnext import native
 from qnext.engine import sampler, ties
 from qnext.engine.request import SamplingParams, StructuredOutputs, TokenLogprobs
+from qnext.engine.speculative import MAX_DRAFTS
 from qnext.llm import LLM, Completion, Delta, Stream
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
@@ -283,6 +284,7 @@ class Answer:
     reasoning_tokens: int
     forced_tokens: int
     reasoning_was_cut: bool
+    near_ties: int
     ended_by: str | None
     logprobs: tuple[TokenLogprobs, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...]
@@ -382,6 +384,7 @@ def _answer(pieces: Sequence[Delta] | Sequence[Completion]) -> Answer:
         reasoning_tokens=last.usage.reasoning_tokens,
         forced_tokens=last.usage.forced_tokens,
         reasoning_was_cut=last.usage.reasoning_was_cut,
+        near_ties=last.usage.near_ties,
         ended_by=last.ended_by,
         logprobs=tuple(one for piece in pieces for one in piece.logprobs),
         prompt_logprobs=tuple(one for piece in pieces for one in piece.prompt_logprobs),
@@ -438,7 +441,7 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
         )
         others.append(llm.stream(subject.company[number % len(subject.company)], settings))
     if way.park:
-        _interrupt(llm, plain.prompt_ids, often=way.park == "often")
+        _interrupt(llm, plain, often=way.park == "often")
     answers, usages = [], []
     if way.stream:
         if ask.chat:
@@ -483,30 +486,36 @@ def _warm(llm: LLM, how: str, prompt: tuple[int, ...]) -> None:
             llm.generate([[*prompt[: last - 20], *[number] * 5]], params)
 
 
-def _interrupt(llm: LLM, prompt: tuple[int, ...], *, often: bool) -> None:
+def _interrupt(llm: LLM, plain: Plain, *, often: bool) -> None:
     """Take running answers to the prompt off, once or every third step."""
     step, generator = llm.engine.step, random.Random(1)
     scheduler = llm.engine.scheduler
-    seen = 0
+    # A short answer may be accepted as a whole in the step behind its prompt.
+    seen, once = 0, 1 if _sampled(plain) <= 2 + MAX_DRAFTS else 2
 
     def interrupted():
         nonlocal seen
-        mine = [one for one in scheduler.running if one.request.prompt_ids == prompt]
+        mine = [one for one in scheduler.running if one.request.prompt_ids == plain.prompt_ids]
         if mine:
             seen += 1
             # A few times only: without a cache a parked prompt starts over.
-            if seen == 2 or (often and seen % 3 == 0 and seen <= 18):
+            if seen == once or (often and seen % 3 == 0 and seen <= 18):
                 scheduler.park(generator.choice(mine))
         return step()
 
     llm.engine.step = interrupted
 
 
+def _sampled(plain: Plain) -> int:
+    """Tokens of its first answer that were chosen."""
+    return len(plain.answers[0].token_ids) - plain.answers[0].forced_tokens
+
+
 def assert_it_happened(row: Row, plain: Plain, composed: Composed) -> None:
     """A row that hits nothing, or interrupts nothing, shows nothing."""
     if row["cache"] not in ("cold", "off") and plain.params.prompt_logprobs is None:
         assert min(composed.cached) >= 64, (row, composed.cached)
-    sampled = len(plain.answers[0].token_ids) - plain.answers[0].forced_tokens
+    sampled = _sampled(plain)
     if row["park"] and sampled > 2:
         assert composed.parkings > 0, row
     if row["drafts"] in (1, 2, 3, 4) and sampled > 12:
@@ -566,7 +575,8 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
             _compare_logprobs(mine, others, widest, tally)
         if same == len(one.token_ids) == len(other.token_ids):
             for name in ("text", "reasoning", "finish_reason", "completion_tokens",
-                         "reasoning_tokens", "forced_tokens", "ended_by"):  # fmt: skip
+                         "reasoning_tokens", "forced_tokens", "reasoning_was_cut",
+                         "ended_by"):  # fmt: skip
                 assert getattr(one, name) == getattr(other, name), name
             continue
         assert same < min(len(one.token_ids), len(other.token_ids)), (

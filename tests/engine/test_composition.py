@@ -536,7 +536,7 @@ def answer(ids: tuple[int, ...], logprob: float) -> Answer:
     return Answer(
         token_ids=ids, text="", reasoning="", finish_reason="length", prompt_tokens=1,
         completion_tokens=len(ids), prompt_logprobs=(), reasoning_tokens=0, forced_tokens=0,
-        reasoning_was_cut=False, ended_by="max_tokens",
+        reasoning_was_cut=False, near_ties=0, ended_by="max_tokens",
         logprobs=tuple(TokenLogprobs(token_id=i, logprob=logprob, top=()) for i in ids),
     )  # fmt: skip
 

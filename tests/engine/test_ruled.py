@@ -65,6 +65,12 @@ class Numbers:
     def accepts(self, token: int) -> bool:
         return token in self._allowed()
 
+    def may_end(self) -> bool:
+        return False
+
+    def is_over(self) -> bool:
+        return False
+
     def may_be_forced(self) -> bool:
         return len(self._allowed()) == 1
 
@@ -243,6 +249,33 @@ def test_a_token_is_allowed_where_its_bit_is_set(llm):
             assert quick.failed is slow.failed is None
     assert 20 < tried < places
     assert forced > 10
+
+
+def test_what_is_known_of_the_start_and_the_end_is_what_the_library_finds(llm):
+    """The mask before the first token, and that a complete text has only its end before it."""
+    width, over = llm.engine.vocab_size, 0
+    for number, request in enumerate(requests(llm)):
+        grammar = request.rules.answer or request.rules.call
+        generator = random.Random(number)
+        for _ in range(3):
+            matcher, plain = grammar.begin(), grammar.begin()
+            plain._first = None
+            for place in range(60):
+                found = np.zeros((2, -(-width // 32)), dtype=np.uint32)
+                assert matcher.fill(found[0]) is plain.fill(found[1]) is None
+                np.testing.assert_array_equal(found[0], found[1])
+                known = matcher._first is not None
+                assert known == (place == 0)
+                tokens = np.flatnonzero(allowed(found[1], width)).tolist()
+                over += matcher.is_over()
+                if matcher.is_over():
+                    assert sorted(tokens) == sorted(request.rules.end_ids)
+                token = generator.choice(tokens)
+                if token in request.rules.end_ids:
+                    break
+                assert matcher.consume(token)
+                assert plain.consume(token)
+    assert over > 3
 
 
 def test_answers_are_those_of_masks_alone(tiny_folder, monkeypatch):

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from qnext.engine.native_runner import NativeRunner
-from qnext.engine.ruled import choose_ruled, ruled_by
+from qnext.engine.ruled import Choose, choose_ruled, ruled_by
 from qnext.engine.runner import MtpWork, Runner
-from qnext.engine.sampler import SampleRow, choose
+from qnext.engine.sampler import SampleRow
 from qnext.engine.sequence import Sequence as Running
 from qnext.engine.sizes import MAX_BACKLOG
 from qnext.engine.speculative import DraftPolicy
@@ -24,7 +24,7 @@ RowOf = Callable[[Running, Sequence[int]], SampleRow]
 class Drafter:
     """Lets the MTP layer read and draft when the policy says so, and says what that took.
 
-    ``row`` is what the sampler has to know, ``clock`` gives seconds.
+    ``row`` is what the sampler has to know, ``choose`` the sampler; ``clock`` gives seconds.
     """
 
     def __init__(
@@ -33,11 +33,13 @@ class Drafter:
         policy: DraftPolicy,
         *,
         row: RowOf,
+        choose: Choose,
         defined_ids: int,
         clock: Callable[[], float],
     ) -> None:
         self.runner, self.policy = runner, policy
-        self._row, self._defined_ids, self._clock = row, defined_ids, clock
+        self._row, self._choose = row, choose
+        self._defined_ids, self._clock = defined_ids, clock
 
     def draft(self, sequences: Sequence[Running], k: int | None = None) -> None:
         """Let the MTP layer catch up, and propose tokens for those that decode.
@@ -70,7 +72,7 @@ class Drafter:
         rows = sum(map(_behind, reading))
         proposals = draft_ahead(
             self.runner, reading, [counts.get(s, 0) for s in reading], row=self._row,
-            defined_ids=self._defined_ids, least_share=policy.least_share,
+            choose=self._choose, defined_ids=self._defined_ids, least_share=policy.least_share,
         )  # fmt: skip
         for sequence, tokens in zip(reading, proposals, strict=True):
             guide = sequence.guide
@@ -110,8 +112,9 @@ class Drafter:
 
     def _leave_behind(self, sequences: Sequence[Running]) -> None:
         """Forget the older rows of full backlogs: reading them would slow plain steps down."""
-        for sequence in sequences:
-            if is_far_behind(sequence) and sequence.slot is not None:
+        # As ``is_far_behind``; every step asks.
+        for sequence in [s for s in sequences if s.done + 1 - s.mtp_len >= FULL_BACKLOG]:
+            if sequence.slot is not None:
                 rows = FULL_BACKLOG // 2
                 self.runner.shorten_backlog(sequence.slot, rows)
                 sequence.mtp_len = sequence.mtp_first = sequence.done + 1 - rows
@@ -144,6 +147,7 @@ def draft_ahead(
     counts: Sequence[int],
     *,
     row: RowOf,
+    choose: Choose,
     defined_ids: int,
     least_share: float = 0.0,
 ) -> list[list[int]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qnext import cost
+from qnext import cost, native
 from qnext.engine import native_sampler
 from qnext.engine.background import Background
 from qnext.engine.blocks import PagePool
@@ -225,17 +225,20 @@ class Engine:
             max_chunk_tokens=settings.max_chunk_tokens,
             interval=settings.snapshot_interval,
         )
-        self._choose, self._logprobs_of = choose, logprobs_of
+        # One definition, two ways to run it; logits that are not on the CPU stay where they are.
+        self._choose = choose if native.unfit() else native_sampler.choose
+        self._logprobs_of = logprobs_of
         self.lanes: Lanes | None = None
         if isinstance(runner, NativeRunner):
-            self._choose, self._logprobs_of = native_sampler.choose, native_sampler.logprobs_of
+            self._logprobs_of = native_sampler.logprobs_of
             self.lanes = Lanes(
                 runner, self.scheduler, self.policy,
                 defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             )  # fmt: skip
         self.drafter = Drafter(
-            runner, self.policy, row=self._row, defined_ids=self.defined_ids, clock=clock
-        )
+            runner, self.policy, row=self._row, choose=self._choose, defined_ids=self.defined_ids,
+            clock=clock,
+        )  # fmt: skip
         self.masks_ahead = MasksAhead()
         self.tier: DiskTier | None = None
         self.background = Background(self.scheduler, self.prefix)
@@ -408,8 +411,8 @@ class Engine:
                 outcomes.append(([], None))
                 continue
             emitted, reason = self._accept(item.sequence, tokens[first:end])
-            close = [bool(others) for others in rivals[first : first + len(emitted)]]
-            item.sequence.near_ties += sum(close)
+            now = len(item.sequence.output_ids)
+            item.sequence.near_ties += [now + i for i in range(len(emitted)) if rivals[first + i]]
             outcomes.append((emitted, reason))
             counts.append(len(emitted) if item.sequence.drafts else item.count)
         self.runner.keep(counts)
@@ -517,7 +520,7 @@ class Engine:
         for i, token in enumerate(emitted):
             if sequence.guide and sequence.guide.has_no_choice:
                 # It counts as forced, however it was found.
-                sequence.forced += 1
+                sequence.forced.append(len(sequence.output_ids) + i)
                 sure += i < accepted
             reason = step_on(sequence, token, after=len(sequence.output_ids) + i + 1)
             if reason is not None or (sequence.guide and sequence.guide.is_due):
@@ -594,7 +597,8 @@ class Engine:
             twin.report = source.report
             if source.report is not None:
                 self.scheduler.log.add(twin.request.id, source.report, counted=False)
-            twin.near_ties += bool(rivals[row])
+            if rivals[row]:
+                twin.near_ties.append(len(twin.output_ids))
             emitted, reason = self._accept(twin, [tokens[row]])
             events.append((self._tell(twin, emitted, reason, chosen[row : row + 1]), twin))
         return events

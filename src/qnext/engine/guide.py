@@ -38,6 +38,14 @@ class Matcher(Protocol):
         """Whether a token may follow, where it is no end token and none is forced."""
         ...
 
+    def may_end(self) -> bool:
+        """Whether the text is complete where it stands."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether nothing may follow but an end token."""
+        ...
+
     def may_be_forced(self) -> bool:
         """Whether it could be that one token only may follow: quickly said, never wrongly no."""
         ...
@@ -92,6 +100,10 @@ class Frame:
     """The token before it."""
     call: Matcher | None = None
     """Of the tool call it stands in."""
+    ruling: Matcher | None = None
+    """The grammar in whose text it is."""
+    is_strict: bool = False
+    """Whether nothing of the format may stand here, only the text of the answer or of a call."""
     fed: Matcher | None = None
     """What has consumed the token before it."""
     is_done: bool = False
@@ -113,14 +125,16 @@ class Guide:
     rules: Rules
     failed: str | None = None
     """Why its grammar cannot go on."""
-    was_cut: bool = False
-    """Whether the reasoning has used up its budget."""
+    length: int = 0
+    """Tokens of the answer."""
+    cut_at: int | None = None
+    """Where in the answer the reasoning was ended, its budget being used up."""
     _frames: list[Frame] = field(default_factory=list)
     """The newest committed place, then those behind drafts."""
 
     def __post_init__(self) -> None:
-        self._frames = [Frame(self.rules.regions.start())]
         self._answer = self.rules.answer.begin() if self.rules.answer else None
+        self._frames = [self._placed(Frame(self.rules.regions.start()))]
         self._fixed: dict[tuple[int, ...], np.ndarray] = {}
         # End tokens stay as the grammar has them: they say that it may end.
         full = np.full(-(-self.rules.vocab_size // 32), 0xFFFFFFFF, dtype=np.uint32)
@@ -173,14 +187,17 @@ class Guide:
     def says(self, token: int, drafts: Sequence[int] = ()) -> bool | None:
         """``allows`` where it can be said without a mask; else None."""
         frame = self._settled(drafts)
-        if not frame.is_open or frame.has_mask or token in self._special:
+        if not frame.is_open or frame.has_mask:
             return None
-        matcher, state = self._ruling(frame), frame.state
-        self._shorten(len(drafts) + 1)
-        if matcher is not None and matcher.accepts(token):
+        assert frame.ruling is not None
+        if len(self._frames) > 1:
+            self._shorten(len(drafts) + 1)
+        if token in self._special:
+            return self._ends(frame, token) and frame.ruling.may_end() if frame.is_strict else None
+        if frame.ruling.accepts(token):
             return True
         # Around a grammar's text the format may allow it.
-        return False if state.region == "tool" or _is_under_way(state) else None
+        return False if frame.is_strict else None
 
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""
@@ -197,13 +214,14 @@ class Guide:
         if len(self._frames) == 1:
             self._push(token)
         del self._frames[0]
+        self.length += 1
 
     def forced(self, *, room: int, stops: Sequence[int]) -> list[int]:
         """What follows without a choice, at most ``room`` tokens; it counts as committed."""
         found: list[int] = []
         while len(found) < room and not self.is_done and self.failed is None:
             if self.is_due:
-                some, self.was_cut = self.rules.stop_thinking, True
+                some, self.cut_at = self.rules.stop_thinking, self.length
             else:
                 frame = self._settled(())
                 one = None if frame.is_open else self._only(frame)
@@ -241,10 +259,13 @@ class Guide:
             self._settle(before)  # the grammars move on below
         state = rules.regions.next(before.state, token)
         frame = Frame(state, token)
+        if state is before.state:
+            # In the middle of a text, as almost always: no tag, and not the first of anything.
+            frame.call, frame.ruling = before.call, before.ruling
+            frame.is_strict = before.is_strict
         if len(before.certain) > 1 and before.certain[0] == token:
             frame.certain, frame.is_settled = before.certain[1:], True
-        matcher = self._ruling(before)
-        frame.call = before.call
+        matcher = before.ruling
         if rules.is_closed and token in rules.end_ids and before.state.region == "content":
             frame.is_done = True
         elif matcher is not None and self._is_text(before.state, state, token):
@@ -252,11 +273,19 @@ class Guide:
                 frame.fed = matcher
             elif self.failed is None:
                 self.failed = f"the grammar does not go on with token {token}"
-        if state.calls > before.state.calls:
-            frame.call = rules.call.begin() if rules.call else None
-        elif state.region != "tool":
-            frame.call = None
+        if state is not before.state:
+            if state.calls > before.state.calls:
+                frame.call = rules.call.begin() if rules.call else None
+            elif state.region == "tool":
+                frame.call = before.call
+            self._placed(frame)
         self._frames.append(frame)
+
+    def _placed(self, frame: Frame) -> Frame:
+        """A frame whose state and call are known, and what rules it."""
+        frame.ruling = self._ruling(frame)
+        frame.is_strict = frame.state.region == "tool" or _is_under_way(frame.state)
+        return frame
 
     def _ruling(self, frame: Frame) -> Matcher | None:
         """The grammar in whose text a place is."""
@@ -266,6 +295,13 @@ class Guide:
         if state.region == "tool":
             return frame.call
         return self._answer if state.region == "content" and not state.calls else None
+
+    def _ends(self, frame: Frame, token: int) -> bool:
+        """Whether a token ends the text of the grammar that rules a place."""
+        closing = self.rules.regions.tool[1].id
+        if frame.state.region == "tool" and closing is not None and not self.rules.covers_calls:
+            return token == closing
+        return token in self.rules.end_ids
 
     def _is_text(self, before: State, after: State, token: int) -> bool:
         """Whether a token is part of what a grammar rules, not of the format around it."""
@@ -286,7 +322,7 @@ class Guide:
     # -- choices ---------------------------------------------------------------------------------
 
     def _settled(self, drafts: Sequence[int]) -> Frame:
-        frame = self._at(drafts)
+        frame = self._at(drafts) if drafts else self._frames[0]
         if not frame.is_settled:
             self._settle(frame)
         return frame
@@ -296,12 +332,11 @@ class Guide:
 
         Behind it the grammars move on.
         """
-        matcher = self._ruling(frame)
+        matcher = frame.ruling
         if matcher is not None and not matcher.may_be_forced():
             frame.is_open = True
         else:
-            state = frame.state
-            if matcher is not None and (state.region == "tool" or _is_under_way(state)):
+            if matcher is not None and frame.is_strict:
                 frame.certain = matcher.certain()
             if not frame.certain:
                 self._mask(frame)
@@ -323,7 +358,7 @@ class Guide:
 
     def _find_mask(self, frame: Frame) -> np.ndarray | None:
         rules, state = self.rules, frame.state
-        regions, matcher = rules.regions, self._ruling(frame)
+        regions, matcher = rules.regions, frame.ruling
         opening = regions.tool[0].id
         if state.region == "reasoning":
             ends = rules.end_ids if rules.is_closed else ()
@@ -339,8 +374,8 @@ class Guide:
                 _set(words, rules.end_ids, False)
                 _set(words, [closing] if may_end else [], True)
             return words
-        if matcher is not None and _is_under_way(state):
-            return self._filled(matcher)
+        if matcher is not None and frame.is_strict:
+            return self._only_these(rules.end_ids) if matcher.is_over() else self._filled(matcher)
         extra = [token for token, n in regions.newlines.items() if n <= (state.lead or 0)]
         thinks = regions.think[0].id
         if thinks is not None and regions.may_think and not state.begun:
@@ -363,7 +398,7 @@ class Guide:
         words = np.zeros(-(-self.rules.vocab_size // 32), dtype=np.uint32)
         problem = matcher.fill(words)
         words &= self._text_only
-        if problem is not None or not words.any():
+        if problem is not None or not np.count_nonzero(words):
             self.failed = self.failed or problem or "the grammar allows nothing"
             _set(words, self.rules.end_ids, True)
         return words

@@ -102,7 +102,9 @@ class Lanes:
             count = len(tokens)
             s.done += count
             s.ran += count
-            s.near_ties += close
+            if close:
+                first = len(s.output_ids) - count
+                s.near_ties += [first + place for place in close]
             logprobs = []
             top = s.request.params.logprobs
             if top is not None:

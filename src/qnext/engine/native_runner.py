@@ -106,7 +106,7 @@ class NativeRunner(Runner):
 
     def keep(self, counts: Sequence[int]) -> None:
         self._end_run()
-        super().keep(counts)
+        self._keep(counts)  # no tensor is made here: the cache's own are written
 
     def _take_backlog(self, works: Sequence[MtpWork]) -> Tensor:
         self._end_run()
@@ -176,8 +176,8 @@ class NativeRunner(Runner):
         """``forward``, the choice of tokens, ``keep``, and with ``wanted`` up to so many drafts.
 
         Adds the tokens to ``output_ids``. Returns for each sequence (tokens, drafts accepted,
-        drafts tried, near-ties, reason to end, drafts, whether the MTP layer read on), and on
-        demand the logits of all rows.
+        drafts tried, places of near-ties, reason to end, drafts, whether the MTP layer has read
+        on), and on demand the logits of all rows.
         """
         self._own_backlog()
         self._step_rows = 0
@@ -275,9 +275,8 @@ class NativeRunner(Runner):
         )
         self.routes = None if routes is None else routes.swapaxes(0, 1)
         # Arrays, because handing tensors to the kernels costs several times as much.
-        rows_PD = torch.from_numpy(hidden)
-        cache.remember(rows_PD, captures)
-        self._works, self._hidden = works, rows_PD
+        cache.remember(torch.from_numpy(hidden), captures)
+        self._works, self._hidden = works, hidden
         return torch.from_numpy(logits)
 
     def propose(

@@ -268,6 +268,12 @@ class Event:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """For the prompt's tokens from the second on; only in the last event before the answer."""
+    forced_at: tuple[int, ...] = ()
+    """Places in the answer of those new tokens that were not chosen."""
+    ties_at: tuple[int, ...] = ()
+    """Places in the answer of those that another order of rounding might have chosen otherwise."""
+    cut_at: int | None = None
+    """Place in the answer of what was inserted because the thinking budget was used up."""
 
     @classmethod
     def joined(cls, events: "Sequence[Event]") -> "Event":
@@ -279,4 +285,6 @@ class Event:
             token_ids=[token for one in events for token in one.token_ids],
             logprobs=tuple([token for one in events for token in one.logprobs]),
             prompt_logprobs=tuple([token for one in events for token in one.prompt_logprobs]),
+            forced_at=tuple([place for one in events for place in one.forced_at]),
+            ties_at=tuple([place for one in events for place in one.ties_at]),
         )

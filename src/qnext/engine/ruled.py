@@ -72,14 +72,21 @@ def _is_plain(row: SampleRow) -> bool:
 
 
 def _best_allowed(
-    scores_V: np.ndarray, guide: Guide, drafts: Sequence[int], tie_bound: float | None
+    scores_V: np.ndarray,
+    guide: Guide,
+    drafts: Sequence[int],
+    tie_bound: float | None,
+    refused: int | None,
 ) -> tuple[int, tuple[int, ...]] | None:
     """The largest allowed score and a rival of it, tried in order; None if that takes too long.
 
-    Of equal scores the lower id comes first, as everywhere.
+    Of equal scores the lower id comes first, as everywhere. ``refused`` is the first of them, if
+    that is known not to be allowed.
     """
     left_V, best, least = scores_V.copy(), None, np.float32(0.0)
-    for _ in range(TRIES):
+    if refused is not None:
+        left_V[refused] = -np.inf
+    for _ in range(TRIES if refused is None else TRIES - 1):
         token = int(left_V.argmax())
         score = left_V[token]
         if best is not None and not score >= least:
@@ -100,22 +107,23 @@ def _best_allowed(
 
 def choose_again(
     choose: Choose,
-    logits: Tensor,
+    logits_V: Tensor,
     row: SampleRow,
     rules: Ruled,
     *,
+    refused: int | None,
     defined_ids: int,
     tie_bound: float | None,
 ) -> tuple[int, object]:
-    """Token and rivals of a row [1, V] whose first choice is refused, or may be a near-tie."""
+    """Token and rivals of a row whose first choice is ``refused``, or may be a near-tie (None)."""
     guide, drafts, _ = rules
-    if logits.device.type == "cpu" and _is_plain(row):
-        scores_V = logits[0, :defined_ids].float().numpy()
-        best = _best_allowed(scores_V, guide, drafts, tie_bound)
+    if logits_V.device.type == "cpu" and _is_plain(row):
+        scores_V = logits_V.float().numpy()[:defined_ids]
+        best = _best_allowed(scores_V, guide, drafts, tie_bound, refused)
         if best is not None:
             return best
     row.mask = guide.mask(drafts)
-    [token], [others] = choose(logits, [row], defined_ids=defined_ids, tie_bound=tie_bound)
+    [token], [others] = choose(logits_V[None], [row], defined_ids=defined_ids, tie_bound=tie_bound)
     return token, others
 
 
@@ -141,14 +149,15 @@ def choose_ruled(
         if rules is None or rules.guide is dropped:
             continue
         guide, drafts, draft = rules
-        # A rival that is not allowed is none, and only the mask knows them all.
-        if rows[r].mask is None and (
-            rivals[r] or not (tokens[r] == draft or guide.allows(tokens[r], drafts))
-        ):
-            tokens[r], rivals[r] = choose_again(
-                choose, logits[r : r + 1], rows[r], rules,
-                defined_ids=defined_ids, tie_bound=tie_bound,
-            )  # fmt: skip
+        if rows[r].mask is None:
+            refused, again = None, bool(rivals[r])  # a rival that is not allowed is none
+            if not again and tokens[r] != draft and not guide.allows(tokens[r], drafts):
+                refused, again = tokens[r], True
+            if again:
+                tokens[r], rivals[r] = choose_again(
+                    choose, logits[r], rows[r], rules,
+                    refused=refused, defined_ids=defined_ids, tie_bound=tie_bound,
+                )  # fmt: skip
         if draft is not None and tokens[r] != draft:
             dropped = guide
     return tokens, rivals

@@ -88,7 +88,7 @@ class Runner:
         """Experts [P, L, X] of the last step, int32, if one of its works wanted them: for each
         sparse layer those that ran, the one with the largest weight first."""
         self._works: Sequence[Work] = ()
-        self._hidden: Tensor | None = None
+        self._hidden: Tensor | np.ndarray | None = None
         self._step_rows = 0
         # Hidden rows not yet read by the MTP layer, oldest first, and its own last output.
         self._backlog: dict[int, list[Tensor | np.ndarray]] = {}
@@ -181,7 +181,7 @@ class Runner:
         )
         self._works = works
         taps = Taps(want_router_logits=True) if wants_routes(works) else None
-        self._hidden = self.model.run(batch, view, taps=taps)
+        self._hidden = hidden = self.model.run(batch, view, taps=taps)
         self.routes = None
         if taps is not None and taps.router_logits:
             most = self.model.config.num_experts_per_tok
@@ -192,11 +192,14 @@ class Runner:
             for first, work in zip(segments.starts, works, strict=False)
             for row in work.rows
         ]
-        return self.model.lm_logits(self._hidden[rows])
+        return self.model.lm_logits(hidden[rows])
 
     @torch.inference_mode()
     def keep(self, counts: Sequence[int]) -> None:
         """Make the first ``counts[b]`` tokens of each work permanent."""
+        self._keep(counts)
+
+    def _keep(self, counts: Sequence[int]) -> None:
         assert self._hidden is not None, "keep() without a forward"
         self.cache.keep(counts)
         start = 0

@@ -43,7 +43,8 @@ class Sequence:
     """What of the prompt was reused; None before the first admission."""
     drafted: int = 0
     accepted: int = 0
-    near_ties: int = 0
+    near_ties: list[int] = field(default_factory=list)
+    """Places in the output where rounding might have chosen another token."""
     plants: list[tuple[int, str]] = field(default_factory=list)
     """(length, why) of snapshots still to be taken while its prompt runs."""
     ran: int = 0
@@ -69,8 +70,8 @@ class Sequence:
     """Tokens of the output that events have told of."""
     lead: int = 0
     """Tokens of the output that were forced before anything was sampled."""
-    forced: int = 0
-    """Tokens of the output that were not sampled."""
+    forced: list[int] = field(default_factory=list)
+    """Places in the output of tokens that were not sampled."""
     ends: FinishReason | None = None
     """Why it ends with the last token of its output, once that has been told."""
     untold: list[TokenLogprobs] = field(default_factory=list)

@@ -5,6 +5,7 @@ of a prompt, in one step if they fit. Without log-probabilities they are told of
 them, when the row before each has been run.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -46,9 +47,10 @@ def force(sequence: Running) -> None:
         room=sequence.max_tokens - len(sequence.output_ids), stops=stop_ids(sequence.request)
     )
     if found:
+        first = len(sequence.output_ids)
         sequence.output_ids.extend(found)
         sequence.counts.update(found)
-        sequence.forced += len(found)
+        sequence.forced.extend(range(first, first + len(found)))
         sequence.ends = _end(sequence, found[-1], len(sequence.output_ids))
 
 
@@ -101,6 +103,8 @@ def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None)
         logprobs, sequence.untold = tuple(sequence.untold), []
     tokens = tuple(sequence.output_ids[sequence.told : ready])
     scored = () if sequence.told else tuple(sequence.prompt_logprobs)
+    forced_at = _among(sequence.forced, sequence.told, ready)
+    ties_at = _among(sequence.near_ties, sequence.told, ready)
     sequence.told = ready
     reason = sequence.ends if ready == len(sequence.output_ids) else None
     return Event(
@@ -111,6 +115,9 @@ def tell(sequence: Running, emitted: Sequence[int], reason: FinishReason | None)
         usage=usage_of(sequence),
         logprobs=logprobs,
         prompt_logprobs=scored,
+        forced_at=forced_at,
+        ties_at=ties_at,
+        cut_at=_cut_at(sequence),
     )
 
 
@@ -128,8 +135,20 @@ def ended_by(sequence: Running, reason: FinishReason) -> EndedBy:
     return "stop_token" if last in params.stop_token_ids else "form"
 
 
+def _among(places: Sequence[int], start: int, end: int) -> tuple[int, ...]:
+    """Those of some places, in order, that lie in start ... end - 1."""
+    if not places or places[-1] < start:
+        return ()
+    return tuple(places[bisect_left(places, start) : bisect_left(places, end)])
+
+
+def _cut_at(sequence: Running) -> int | None:
+    return None if sequence.guide is None else sequence.guide.cut_at
+
+
 def usage_of(sequence: Running) -> Usage:
     """What a request has cost so far, in tokens that events have told of."""
+    cut_at = _cut_at(sequence)
     return Usage(
         prompt_tokens=len(sequence.request.prompt_ids),
         completion_tokens=sequence.told,
@@ -138,7 +157,7 @@ def usage_of(sequence: Running) -> Usage:
         reasoning_tokens=sequence.guide.state.thought if sequence.guide else 0,
         drafted_tokens=sequence.drafted,
         accepted_tokens=sequence.accepted,
-        forced_tokens=sequence.forced,
-        reasoning_was_cut=sequence.guide is not None and sequence.guide.was_cut,
-        near_ties=sequence.near_ties,
+        forced_tokens=bisect_left(sequence.forced, sequence.told),
+        reasoning_was_cut=cut_at is not None and cut_at < sequence.told,
+        near_ties=bisect_left(sequence.near_ties, sequence.told),
     )

@@ -328,6 +328,13 @@ class HybridCache:
     def _pick(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
         """The state each speculative sequence had after its last kept token."""
         place = {b: i for i, b in enumerate(view.speculative)}
+        if self.recurrent.device.type == "cpu":
+            # One after the other: gathered first, every state would be copied twice.
+            picked = [(view.slots[b], kept[b] - 1, place[b]) for b in live]
+            for layer, states in view.states.items():
+                for slot, step, lane in picked:
+                    self.recurrent[layer, slot] = states[step, lane]
+            return
         lanes = torch.tensor([place[b] for b in live], device=view.segments.device)
         steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)
         for layer, states in view.states.items():

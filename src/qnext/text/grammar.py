@@ -27,19 +27,25 @@ OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False
 class CompiledGrammar:
     """A grammar that is ready to begin; beginning is cheap."""
 
-    def __init__(self, prototype: Any) -> None:
+    def __init__(self, prototype: Any, vocab_size: int) -> None:
         self._prototype = prototype
+        self._first = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        # Every answer begins with this mask; what the library learns by finding it is copied, too.
+        problem = GrammarMatcher(prototype).fill(self._first)
+        self._knows_first = problem is None
 
     def begin(self) -> "GrammarMatcher":
         """A matcher before the first token."""
-        return GrammarMatcher(self._prototype.deep_copy())
+        copy = self._prototype.deep_copy()
+        return GrammarMatcher(copy, self._first if self._knows_first else None)
 
 
 class GrammarMatcher:
     """A grammar in the middle of a text."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, first: np.ndarray | None = None) -> None:
+        """``first`` is the mask before the first token, if it is known."""
+        self._matcher, self._first = matcher, first
 
     def fill(self, words: np.ndarray) -> str | None:
         """Write the tokens that may follow, a bit each, into uint32 words.
@@ -47,6 +53,9 @@ class GrammarMatcher:
         Where the text may end the end tokens are among them. Returns why it cannot, if the grammar
         has become too complex to follow.
         """
+        if self._first is not None and len(self._first) == len(words):
+            words[:] = self._first
+            return None
         # words.ctypes would cost as much as many a mask.
         address: int = words.__array_interface__["data"][0]
         self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
@@ -54,6 +63,7 @@ class GrammarMatcher:
 
     def consume(self, token: int) -> bool:
         """Go on with a token; False if it may not follow."""
+        self._first = None
         return self._matcher.consume_token(token)
 
     def accepts(self, token: int) -> bool:
@@ -63,6 +73,14 @@ class GrammarMatcher:
     def may_be_forced(self) -> bool:
         """Whether one token only may follow: then the next byte is certain, or it ends here."""
         return bool(self._matcher.compute_ff_bytes()) or self._matcher.is_stopped()
+
+    def may_end(self) -> bool:
+        """Whether the text is complete where it stands."""
+        return self._matcher.is_accepting()
+
+    def is_over(self) -> bool:
+        """Whether the text is complete and cannot go on."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def certain(self) -> tuple[int, ...]:
         """Tokens that follow for certain, each the only one of its mask; not always all."""
@@ -94,6 +112,7 @@ class GrammarCompiler:
                 "none: set eos_token_id in generation_config.json."
             )
         self._library = llguidance
+        self._vocab_size = vocab_size
         self._vocabulary = llguidance.LLTokenizer(
             tokenizer.serialized(), n_vocab=vocab_size, eos_token=list(end_ids)
         )
@@ -136,7 +155,7 @@ class GrammarCompiler:
             matcher = self._library.LLMatcher(self._vocabulary, source, log_level=0)
             if matcher.is_error():
                 raise RequestError(f"{name}: {_explained(matcher.get_error(), schema)}")
-            found = self._kept[source] = CompiledGrammar(matcher)
+            found = self._kept[source] = CompiledGrammar(matcher, self._vocab_size)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(source)
