@@ -72,12 +72,21 @@ def choose(
             row.params, seed=row.seed, prompt_ids=row.prompt_ids, stop_ids=row.stop_ids,
             bad_words=row.bad_words,
         )  # fmt: skip
-        chooser.set_history(row.index, dict(row.counts), list(row.recent))
+        # Copied where it is asked for only: a long answer has hundreds of tokens.
+        counts = dict(row.counts) if _counts(row.params) else {}
+        chooser.set_history(row.index, counts, list(row.recent))
         choosers.append(chooser)
     return native.load().choose(
         logits.float().contiguous().numpy(), choosers, masks, defined_ids,
         -1.0 if tie_bound is None else tie_bound,
     )  # fmt: skip
+
+
+def _counts(params: SamplingParams) -> bool:
+    """Whether it matters how often a token was generated."""
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    )
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow], *, defined_ids: int) -> list[int]:
