@@ -38,6 +38,10 @@ class Matcher(Protocol):
         """Whether a token may follow, where it is no end token and none is forced."""
         ...
 
+    def refused_with(self, token: int) -> np.ndarray | None:
+        """Of a refused token: all that may not follow for the same reason, if that is known."""
+        ...
+
     def may_end(self) -> bool:
         """Whether the text is complete where it stands."""
         ...
@@ -198,6 +202,16 @@ class Guide:
             return True
         # Around a grammar's text the format may allow it.
         return False if frame.is_strict else None
+
+    def refused_with(self, token: int, drafts: Sequence[int]) -> np.ndarray | None:
+        """Tokens that may not follow either, where ``says`` has just refused one; None if unknown.
+
+        int64 ids, ascending.
+        """
+        frame = self._at(drafts)
+        if frame.ruling is None or not frame.is_strict or token in self._special:
+            return None
+        return frame.ruling.refused_with(token)
 
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""

@@ -17,8 +17,11 @@ from qnext.engine.guide import Guide
 from qnext.engine.request import SamplingParams
 from qnext.engine.sampler import SampleRow
 
-TRIES = 6
-"""Tokens tried in the order of their scores before the mask is found after all."""
+TRIES = 20
+"""Tokens tried in the order of their scores before the mask is found after all, which takes so long
+behind a forward: it walks through the whole vocabulary, and nothing of that is in a cache."""
+FEW_TRIES = 2
+"""After so many refusals whatever begins like a refused token is left out with it."""
 
 
 class Choose(Protocol):
@@ -84,9 +87,10 @@ def _best_allowed(
     that is known not to be allowed.
     """
     left_V, best, least = scores_V.copy(), None, np.float32(0.0)
+    refusals = 0
     if refused is not None:
-        left_V[refused] = -np.inf
-    for _ in range(TRIES if refused is None else TRIES - 1):
+        left_V[refused], refusals = -np.inf, 1
+    for _ in range(TRIES):
         token = int(left_V.argmax())
         score = left_V[token]
         if best is not None and not score >= least:
@@ -102,6 +106,13 @@ def _best_allowed(
                 return best, ()
             least = score - max(abs(score), np.float32(1.0)) * np.float32(tie_bound)
         left_V[token] = -np.inf
+        if not said:
+            refusals += 1
+            alike = guide.refused_with(token, drafts) if refusals >= FEW_TRIES else None
+            if alike is not None:
+                if alike[-1] >= len(left_V):
+                    alike = alike[alike < len(left_V)]
+                left_V[alike] = -np.inf
     return None
 
 

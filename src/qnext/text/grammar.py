@@ -24,28 +24,54 @@ KEPT = 64
 OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 
 
+class Starts:
+    """The tokens of a vocabulary by their first byte; added tokens have no place here."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = set(tokenizer.added_tokens.values())
+        holes = set(tokenizer.undefined_ids(tokenizer.id_limit))
+        by_byte: dict[int, list[int]] = {}
+        alone: dict[int, int] = {}
+        for token in range(tokenizer.id_limit):
+            if token in added or token in holes:
+                continue
+            text = tokenizer.token_bytes(token)
+            if text:
+                by_byte.setdefault(text[0], []).append(token)
+            if len(text) == 1:
+                alone[text[0]] = token
+        self.alone: dict[int, int] = {}
+        """By token, the one that is its first byte and nothing else, if there is one."""
+        self.ids: dict[int, np.ndarray] = {}
+        """By such a token, all that begin with its byte."""
+        for byte, tokens in by_byte.items():
+            if byte in alone:
+                self.alone.update(dict.fromkeys(tokens, alone[byte]))
+                self.ids[alone[byte]] = np.array(tokens)
+
+
 class CompiledGrammar:
     """A grammar that is ready to begin; beginning is cheap."""
 
-    def __init__(self, prototype: Any, vocab_size: int) -> None:
-        self._prototype = prototype
+    def __init__(self, prototype: Any, vocab_size: int, starts: Starts) -> None:
+        self._prototype, self._starts = prototype, starts
         self._first = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         # Every answer begins with this mask; what the library learns by finding it is copied, too.
-        problem = GrammarMatcher(prototype).fill(self._first)
+        problem = GrammarMatcher(prototype, starts).fill(self._first)
         self._knows_first = problem is None
 
     def begin(self) -> "GrammarMatcher":
         """A matcher before the first token."""
         copy = self._prototype.deep_copy()
-        return GrammarMatcher(copy, self._first if self._knows_first else None)
+        return GrammarMatcher(copy, self._starts, self._first if self._knows_first else None)
 
 
 class GrammarMatcher:
     """A grammar in the middle of a text."""
 
-    def __init__(self, matcher: Any, first: np.ndarray | None = None) -> None:
+    def __init__(self, matcher: Any, starts: Starts, first: np.ndarray | None = None) -> None:
         """``first`` is the mask before the first token, if it is known."""
-        self._matcher, self._first = matcher, first
+        self._matcher, self._starts, self._first = matcher, starts, first
 
     def fill(self, words: np.ndarray) -> str | None:
         """Write the tokens that may follow, a bit each, into uint32 words.
@@ -73,6 +99,13 @@ class GrammarMatcher:
     def may_be_forced(self) -> bool:
         """Whether one token only may follow: then the next byte is certain, or it ends here."""
         return bool(self._matcher.compute_ff_bytes()) or self._matcher.is_stopped()
+
+    def refused_with(self, token: int) -> np.ndarray | None:
+        """Tokens that may not follow because their first byte may not, a refused one's; or None."""
+        alone = self._starts.alone.get(token)
+        if alone is None or (alone != token and self.accepts(alone)):
+            return None
+        return self._starts.ids[alone]
 
     def may_end(self) -> bool:
         """Whether the text is complete where it stands."""
@@ -112,7 +145,7 @@ class GrammarCompiler:
                 "none: set eos_token_id in generation_config.json."
             )
         self._library = llguidance
-        self._vocab_size = vocab_size
+        self._vocab_size, self._starts = vocab_size, Starts(tokenizer)
         self._vocabulary = llguidance.LLTokenizer(
             tokenizer.serialized(), n_vocab=vocab_size, eos_token=list(end_ids)
         )
@@ -155,7 +188,7 @@ class GrammarCompiler:
             matcher = self._library.LLMatcher(self._vocabulary, source, log_level=0)
             if matcher.is_error():
                 raise RequestError(f"{name}: {_explained(matcher.get_error(), schema)}")
-            found = self._kept[source] = CompiledGrammar(matcher, self._vocab_size)
+            found = self._kept[source] = CompiledGrammar(matcher, self._vocab_size, self._starts)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(source)
