@@ -11,6 +11,7 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +22,12 @@ from unittest import mock
 import torch
 from covering import Row
 from oracle import with_oracle
+from routers import Routed, noting_routers, parted
 
 from qnext import llm as llm_module
 from qnext import native
 from qnext.engine import sampler, ties
-from qnext.engine.request import SamplingParams, StructuredOutputs, TokenLogprobs
+from qnext.engine.request import SamplingParams, StructuredOutputs, TokenLogprobs, Usage
 from qnext.engine.speculative import MAX_DRAFTS
 from qnext.llm import LLM, Completion, Delta, Stream
 from qnext.model.model import CausalLM
@@ -95,6 +97,13 @@ class Subject:
     def is_native(self) -> bool:
         """Whether the native kernels run it."""
         return isinstance(self.alone.model, NativeModel)
+
+    def noting(self, llm: LLM) -> AbstractContextManager[list[Routed]]:
+        """What the routers see, where rounding may change it and PyTorch runs them."""
+        if self.is_native or self.options.get("batch_invariant"):
+            return nullcontext([])
+        assert isinstance(llm.model, CausalLM)
+        return noting_routers(llm.model)
 
     @property
     def factors(self) -> Mapping[str, Sequence[object]]:
@@ -301,6 +310,10 @@ class Plain:
     """Per answer and token: what rounding might have chosen instead."""
     slacks: list[list[float]]
     """Per answer and token: the largest margin that is a tie."""
+    routed: list[list[Routed]] = field(default_factory=list)
+    """Per answer: the routers of what was run, where PyTorch ran it."""
+    bound: float = 0.0
+    """``ties.tie_bound`` of the model."""
 
 
 def plain_run(subject: Subject, ask: Ask) -> Plain:
@@ -324,7 +337,7 @@ def _string_across_tokens(subject: Subject, ids: Sequence[int]) -> str:
 
 def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
     params, llm = SamplingParams(**ask.params, **stops), subject.alone
-    answers, rivals, slacks = [], [], []
+    answers, rivals, slacks, routed = [], [], [], []
     prompt_ids: tuple[int, ...] = ()
     for choice in range(params.n):
         noted: dict[int, tuple[tuple[int, ...], float]] = {}
@@ -338,7 +351,10 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
         llm.engine.add(request)
         deltas = []
         # Row by row, by the plain sampler: it names the rivals, and is what the native one equals.
-        with mock.patch.multiple(llm.engine, lanes=None, _choose=_noting(noted)):
+        with (
+            mock.patch.multiple(llm.engine, lanes=None, _choose=_noting(noted)),
+            subject.noting(llm) as pieces,
+        ):
             while llm.engine.has_work and not reader.stopped:
                 for event in llm.engine.step():
                     delta = reader.push(event)
@@ -348,14 +364,16 @@ def _plain(subject: Subject, ask: Ask, stops: Mapping[str, Any]) -> Plain:
                 llm.engine.cancel(request.id)
                 llm.engine.step()
         answers.append(_answer(deltas))
+        routed.append(pieces)
         # Forced tokens have no rivals, and no margin of their own.
         widest = max((slack for _, slack in noted.values()), default=0.0)
         places = range(len(answers[-1].token_ids))
         rivals.append([noted.get(i, ((), 0.0))[0] for i in places])
         slacks.append([noted.get(i, ((), widest))[1] for i in places])
     return Plain(
-        params=params, prompt_ids=prompt_ids, answers=answers, rivals=rivals, slacks=slacks
-    )
+        params=params, prompt_ids=prompt_ids, answers=answers, rivals=rivals, slacks=slacks,
+        routed=routed, bound=llm.engine.tie_bound or 0.0,
+    )  # fmt: skip
 
 
 def _noting(noted: dict[int, tuple[tuple[int, ...], float]]):
@@ -403,6 +421,9 @@ class Composed:
     drafted: int
     accepted: int
     parkings: int
+    routed: list[Routed] = field(default_factory=list)
+    experts: int = 0
+    """Of each router's choice."""
 
 
 def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
@@ -442,6 +463,30 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
         others.append(llm.stream(subject.company[number % len(subject.company)], settings))
     if way.park:
         _interrupt(llm, plain, often=way.park == "often")
+    with subject.noting(llm) as routed:
+        answers, usages = _answers(subject, llm, ask, way, plain)
+        for other in others:
+            assert [delta.finish_reason for delta in other][-1] == "length"
+        while llm.engine.has_work:
+            llm.engine.step()
+    llm.close()
+    llm.engine.prefix.clear()
+    assert llm.engine.pool.free == llm.engine.pool.num_pages, row
+    return Composed(
+        answers=answers,
+        cached=[usage.cached_tokens for usage in usages],
+        drafted=sum(usage.drafted_tokens for usage in usages),
+        accepted=sum(usage.accepted_tokens for usage in usages),
+        parkings=llm.engine.scheduler.parkings,
+        routed=routed,
+        experts=llm.config.num_experts_per_tok,
+    )
+
+
+def _answers(
+    subject: Subject, llm: LLM, ask: Ask, way: Way, plain: Plain
+) -> tuple[list[Answer], list[Usage]]:
+    """Ask in the way of a row."""
     answers, usages = [], []
     if way.stream:
         if ask.chat:
@@ -457,20 +502,7 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
         for one in (found, *found.others):
             answers.append(_answer([one]))
             usages.append(one.usage)
-    for other in others:
-        assert [delta.finish_reason for delta in other][-1] == "length"
-    while llm.engine.has_work:
-        llm.engine.step()
-    llm.close()
-    llm.engine.prefix.clear()
-    assert llm.engine.pool.free == llm.engine.pool.num_pages, row
-    return Composed(
-        answers=answers,
-        cached=[usage.cached_tokens for usage in usages],
-        drafted=sum(usage.drafted_tokens for usage in usages),
-        accepted=sum(usage.accepted_tokens for usage in usages),
-        parkings=llm.engine.scheduler.parkings,
-    )
+    return answers, usages
 
 
 def _warm(llm: LLM, how: str, prompt: tuple[int, ...]) -> None:
@@ -536,6 +568,8 @@ class Tally:
     """Of these, positions at which the plain run had a rival."""
     differences: int = 0
     """Answers that part from the plain run, each at a near-tie."""
+    parted: int = 0
+    """Positions of prompts and answers at which a router's near-tie went the other way."""
     furthest: float = 0.0
     """The largest difference of two log-probabilities, in units of the bound."""
     drafted: int = 0
@@ -544,8 +578,9 @@ class Tally:
     def __str__(self) -> str:
         return (
             f"{self.answers} answers, {self.positions} positions compared, {self.near_ties} "
-            f"near-ties, {self.differences} differences (all at near-ties), log-probabilities "
-            f"within {self.furthest:.2f} of the bound, {self.accepted} of {self.drafted} drafts "
+            f"near-ties, {self.differences} differences (all at near-ties), other experts at "
+            f"{self.parted} (all at near-ties), elsewhere log-probabilities within "
+            f"{self.furthest:.2f} of the bound, {self.accepted} of {self.drafted} drafts "
             "accepted"
         )
 
@@ -553,14 +588,23 @@ class Tally:
 def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> None:
     """Raise AssertionError unless every answer is the plain one up to a near-tie.
 
-    From the first difference on two answers have different contexts and are not compared.
+    From the first difference on two answers have different contexts and are not compared. Where a
+    router's choice hung by rounding and fell the other way, logits are others and not compared.
     """
     tally.drafted += composed.drafted
     tally.accepted += composed.accepted
-    for one, other, rivals, slacks in zip(
-        plain.answers, composed.answers, plain.rivals, plain.slacks, strict=True
+    for number, (one, other, rivals, slacks) in enumerate(
+        zip(plain.answers, composed.answers, plain.rivals, plain.slacks, strict=True)
     ):
         tally.answers += 1
+        tokens = [*plain.prompt_ids, *one.token_ids]
+        others_ran = parted(
+            plain.routed[number] if plain.routed else (), composed.routed, tokens,
+            experts=composed.experts, bound=plain.bound,
+        )  # fmt: skip
+        tally.parted += len(others_ran)
+        # A row says what follows it.
+        first = len(plain.prompt_ids) - 1
         same = 0
         for mine, others in zip(one.token_ids, other.token_ids, strict=False):
             if mine != others:
@@ -569,10 +613,14 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
         tally.positions += same
         tally.near_ties += sum(bool(some) for some in rivals[:same])
         for i in range(min(same, len(one.logprobs))):
+            if first + i in others_ran:
+                continue
             _compare_logprobs(one.logprobs[i], other.logprobs[i], slacks[i], tally)
         widest = max(slacks)
-        for mine, others in zip(one.prompt_logprobs, other.prompt_logprobs, strict=True):
-            _compare_logprobs(mine, others, widest, tally)
+        pairs = zip(one.prompt_logprobs, other.prompt_logprobs, strict=True)
+        for i, (mine, others) in enumerate(pairs):
+            if i not in others_ran:
+                _compare_logprobs(mine, others, widest, tally)
         if same == len(one.token_ids) == len(other.token_ids):
             for name in ("text", "reasoning", "finish_reason", "completion_tokens",
                          "reasoning_tokens", "forced_tokens", "reasoning_was_cut",
@@ -585,7 +633,7 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
         tally.positions += 1
         tally.near_ties += 1
         tally.differences += 1
-        assert other.token_ids[same] in rivals[same], (
+        assert other.token_ids[same] in rivals[same] or first + same in others_ran, (
             f"token {same} is {other.token_ids[same]} instead of {one.token_ids[same]}, and only "
             f"{rivals[same]} are within rounding"
         )

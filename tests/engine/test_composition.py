@@ -26,6 +26,7 @@ from composition import (
     composed_run,
 )
 from covering import Row, covering_array, is_ruled_out
+from routers import Routed, parted
 
 from qnext import load_model, native, save_model
 from qnext.engine import engine as engine_module
@@ -566,6 +567,25 @@ def test_the_tie_rule_excuses_rivals_and_nothing_else(other, complaint):
     else:
         with pytest.raises(AssertionError, match=complaint):
             compare_under_tie_rule(plain, composed, tally)
+
+
+def test_other_experts_are_excused_at_near_ties_of_their_router_only():
+    generator = torch.Generator().manual_seed(3)
+    tokens = [4, 5, 6, 7]
+    logits = torch.randn(4, 3, 8, generator=generator)
+    near, far = logits.clone(), logits.clone()
+    order = logits[2, 1].argsort(descending=True).tolist()
+    logits[2, 1, order[2]] = logits[2, 1, order[1]] - 1e-4
+    near[2, 1, order[2]] = logits[2, 1, order[1]] + 1e-4
+    far[2, 1, order[7]] = 9.0
+    one = [Routed(0, [4], logits[:1]), Routed(1, [5, 6, 7], logits[1:])]
+    settings = {"experts": 2, "bound": 1e-3}
+    assert parted(one, [Routed(0, tokens, logits)], tokens, **settings) == set()
+    assert parted(one, [Routed(0, tokens, near)], tokens, **settings) == {2}
+    with pytest.raises(AssertionError, match="token 2 has other experts in layer 1, at a margin"):
+        parted(one, [Routed(0, tokens, far)], tokens, experts=2, bound=1e-5)
+    # Behind another token they are another matter.
+    assert parted(one, [Routed(0, [4, 9, 6, 7], far)], tokens, **settings) == set()
 
 
 # -- the promise ---------------------------------------------------------------------------------
