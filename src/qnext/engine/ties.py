@@ -5,6 +5,7 @@ without) differ in their last bits, and a choice between two almost equal candid
 other way. What counts as almost equal is stated here and nowhere else: a position is a *near-tie*
 when moving every logit by at most half of ``tie_bound`` could change the chosen token. Two runs of
 a request may part at a near-tie only; the engine counts those it meets (``Usage.near_ties``).
+A router may choose other experts where its own logits are as close; that is not counted.
 """
 
 import math
