@@ -22,6 +22,7 @@ FILTERS = [
     {"top_k": 64, "top_p": 0.9},
     {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
     {"top_k": 700},
+    {"top_k": 2**70},
     {"top_p": 0.6},
     {"top_p": 0.97},
     {"min_p": 0.05},
@@ -36,6 +37,7 @@ ADJUSTMENTS = [
     {"logit_bias": {3: 4.0, 11: -100.0}},
     {"bad": True},
     {"min_tokens": 50},
+    {"min_tokens": 2**70},
     {
         "repetition_penalty": 0.8, "frequency_penalty": 0.3, "logit_bias": {5: 2.0},
         "bad": True, "min_tokens": 50,

@@ -20,6 +20,8 @@ from qnext.engine.request import SamplingParams, TokenLogprobs
 from qnext.engine.sampler import SampleRow
 
 _MASK = (1 << 64) - 1
+_LARGEST = (1 << 63) - 1
+"""Counts may be any whole number in a request; beyond this they mean the same."""
 
 
 def chooser_of(
@@ -34,14 +36,14 @@ def chooser_of(
     repeats = params.repetition_penalty != 1.0
     return native.load().Chooser(
         temperature=params.temperature,
-        top_k=params.top_k,
+        top_k=min(params.top_k, _LARGEST),
         top_p=params.top_p,
         min_p=params.min_p,
         repetition=params.repetition_penalty,
         presence=params.presence_penalty,
         frequency=params.frequency_penalty,
         seed=seed & _MASK,
-        min_tokens=params.min_tokens,
+        min_tokens=min(params.min_tokens, _LARGEST),
         bias=dict(params.logit_bias),
         bad_words=[list(word) for word in bad_words],
         stops=list(stop_ids),
