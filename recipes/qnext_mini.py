@@ -173,7 +173,9 @@ def recipe() -> Recipe:
 
 
 def extension() -> Recipe:
-    """The last stage alone, on the weights of a finished model."""
+    """The last stage alone, on a model that has been through the others; name it with
+    ``--set start=FOLDER``. The one that ships has been through this stage too.
+    """
     return replace(
         recipe(), model={}, start="src/qnext/models/qnext-mini", stages=(_long(),), save_every=50
     )
