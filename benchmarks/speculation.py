@@ -3,10 +3,12 @@
     python -m benchmarks.speculation [--model qnext-mini] [--batches 1 4 16] [--record]
 
 Every round runs the same prompts with every setting, in an order drawn anew, and compares each with
-drafting off in the same round. Reported are the median of these ratios and its 95% interval from a
-bootstrap over rounds, and how often a draft was accepted at each position. Greedy, no prefix cache;
-the time of a run is that of whole answers, prompts included. Answers must be those of drafting off;
-where they are not (ties of the arithmetic), it is counted.
+drafting off in the same round. A run of a small model takes some milliseconds, and single ones
+scatter by several percent, so rounds go on for ``--seconds`` per class and batch size. Reported are
+the median of these ratios and its 95% interval from a bootstrap over rounds, and how often a draft
+was accepted at each position. Greedy, no prefix cache; the time of a run is that of whole answers,
+prompts included. Answers must be those of drafting off; where they are not (ties of the
+arithmetic), it is counted.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +116,13 @@ def compare(
     settings: Sequence[int | str],
     rounds: int,
     max_tokens: int,
+    seconds: float = 0.0,
     seed: int = 0,
     progress: bool = False,
 ) -> list[Cell]:
     """Measure every setting on a class of prompts; the first cell is drafting off.
+
+    At least ``rounds`` of them, and for ``seconds``.
 
     Each setting has an engine of its own, so that "auto" learns from its own steps only; the first
     round, in which it begins to, is not counted.
@@ -127,7 +133,10 @@ def compare(
     order = random.Random(seed)
     label = f"{name}, {batch} at a time"
     before: dict[int | str, tuple[list[int], list[int]]] = {}
-    for number in tqdm(range(rounds + 1), desc=label, leave=False, disable=not progress):
+    end = time.perf_counter() + seconds
+    for number in tqdm(count(), desc=label, leave=False, disable=not progress):
+        if number > rounds and time.perf_counter() >= end:
+            break
         chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
         found = {}
         for setting in order.sample(settings, len(settings)):
@@ -264,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.classes:
             cells = compare(
                 llm, CLASSES[name], name=name, batch=batch, settings=SETTINGS, rounds=args.rounds,
-                max_tokens=args.tokens, seed=args.seed, progress=True,
+                max_tokens=args.tokens, seconds=args.seconds, seed=args.seed, progress=True,
             )  # fmt: skip
             print("\n".join(lines(cells)), flush=True)
             every += cells
@@ -317,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # fmt: off
     add("--classes", nargs="+", choices=CLASSES, default=list(CLASSES))
+    add("--seconds", type=float, default=30.0, help="rounds go on so long, if --rounds are fewer")
     add("--out", type=Path, metavar="FILE", help="everything, as JSON")
     add("--record", action="store_true", help="write docs/results/speculation.json")
     # fmt: on

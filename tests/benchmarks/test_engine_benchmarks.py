@@ -1,6 +1,7 @@
 """The benchmarks of the engine itself: overhead and speculation."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -143,6 +144,16 @@ def test_settings_are_compared_in_pairs(llm, name):
         f"{name.capitalize()}, batch 2, 2 drafts",
         f"{name.capitalize()}, batch 2, as measurement says",
     ]
+
+
+def test_rounds_go_on_for_as_long_as_asked(llm):
+    start = time.perf_counter()
+    [off] = speculation.compare(
+        llm, CLASSES["lists"], name="lists", batch=1, settings=(0,), rounds=1, max_tokens=2,
+        seconds=0.3,
+    )  # fmt: skip
+    assert time.perf_counter() - start >= 0.3
+    assert len(off.ratios) > 1
 
 
 def test_the_interval_is_that_of_the_median():

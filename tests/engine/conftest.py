@@ -3,7 +3,7 @@
 import pytest
 
 from qnext import native
-from qnext.engine import background, drafting, foresight, prefix, scheduler
+from qnext.engine import background, drafting, foresight, prefix, scheduler, speculative
 from qnext.model.model import CausalLM
 from qnext.model.native import NativeModel
 from qnext.ops import OpSpec, invariant, select
@@ -42,5 +42,9 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(prefix, "MAX_TREE_TOKENS", 400)
     monkeypatch.setattr(drafting, "MAX_BACKLOG", 5)
     monkeypatch.setattr(drafting, "FULL_BACKLOG", 5)
+    # Rests end and begin often, with a few quiet steps each.
+    monkeypatch.setattr(speculative, "SHARE", 0.2)
+    monkeypatch.setattr(speculative, "MEASURED", 3)
+    monkeypatch.setattr(speculative, "FIRST_REST", 8)
     monkeypatch.setattr(background, "CHUNK_TOKENS", 3)
     monkeypatch.setattr(background, "MIN_GAIN", 2)

@@ -198,7 +198,8 @@ class HashRunner:
         """Whether the MTP layer's rows are compared with what they should be."""
         self.head, self.page_size = head, page_size
         self.max_rows, self.max_logits = max_rows, max_logits
-        self.track_mtp, self.rightness = track_mtp, rightness
+        self.track_mtp = self.keeps_rows = track_mtp
+        self.rightness = rightness
         self.generator = random.Random(seed)
         self.engine: Engine | None = None
         self.answers: dict[str, Answer] = {}
@@ -283,6 +284,21 @@ class HashRunner:
         assert 0 < count <= len(self._backlog[slot]), (slot, count)
         self._backlog[slot] = self._backlog[slot][-count:]
 
+    def doze(self) -> None:
+        """Keep no hidden rows from now on, and forget those that were not read."""
+        assert self.keeps_rows, "asleep already"
+        self.keeps_rows = False
+        for rows in self._backlog.values():
+            rows.clear()
+
+    def wake(self, slots: Sequence[int]) -> None:
+        """Keep them again; of these sequences that of the last token."""
+        assert self.track_mtp, "nobody reads them"
+        assert not self.keeps_rows, "awake already"
+        self.keeps_rows = True
+        for slot in slots:
+            self._backlog[slot] = [(self.length[slot] - 1, self.last_hidden[slot])]
+
     # -- the model -------------------------------------------------------------------------------
 
     def forward(self, works: Sequence[Work]) -> Tensor:
@@ -326,7 +342,7 @@ class HashRunner:
             if count:
                 self.last_hidden[slot] = rows[count - 1]
             self.computed.update(state for state, _ in path[1 : count + 1])
-            if self.track_mtp:
+            if self.keeps_rows:
                 self._backlog[slot] += [(work.start + i, rows[i]) for i in range(count)]
 
     def _write(self, work: Work) -> list[tuple[int, tuple[int, ...]]]:

@@ -6,10 +6,18 @@ Everything runs in made-up worlds, in which a plain step takes one second.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
-from qnext.engine.speculative import ATTEMPTS, PROBE_STEPS, SHARE, DraftPolicy
+from qnext.engine.speculative import (
+    ATTEMPTS,
+    LONGEST_REST,
+    PROBE_STEPS,
+    RARELY_S,
+    SHARE,
+    DraftPolicy,
+)
 
 
 @dataclass
@@ -29,6 +37,8 @@ class World:
     plain: float = 0.0
     """What the same tokens would have taken without drafts."""
     steps: int = 0
+    quiet: int = 0
+    """Steps that the policy was not asked about."""
     chosen: list[int] = field(default_factory=list)
 
     def run(self, policy: DraftPolicy, steps: int) -> float:
@@ -48,7 +58,8 @@ class World:
                 accepted += own
             taken = 1 + accepted / self.sequences
             verify = scale * (1.0 + self.price * drafts) * (1.0 + self.noise * dice.random())
-            policy.verified(self.sequences, drafts, verify, ruled=self.ruled)
+            if not policy.quiet:
+                policy.verified(self.sequences, drafts, verify, ruled=self.ruled)
             self.plain += taken * scale * (1.0 + self.noise / 2)
             made += taken
             if made >= self.answer:
@@ -56,7 +67,14 @@ class World:
                     policy.forget(f"{s}.{number}", int(made))
                 policy.mixed()
                 number, made, behind = number + 1, 0.0, self.prompt
-            drafts = policy.held(self.sequences, ruled=self.ruled)
+            if policy.quiet and self.sequences in policy.quiet_sizes[self.ruled]:
+                policy.quiet -= 1
+                self.quiet += 1
+                drafts, behind = 0, 0
+            else:
+                drafts = policy.held(self.sequences, ruled=self.ruled)
+                if drafts == 0:
+                    policy.rest_quietly(self.sequences, ruled=self.ruled)
             if drafts is None or (drafts and behind > 16):
                 ids = [f"{s}.{number}" for s in range(self.sequences)]
                 drafts = policy.choose(ids, behind=behind * self.sequences, ruled=self.ruled)
@@ -114,6 +132,66 @@ def test_there_are_no_probes_where_full_acceptance_would_not_pay():
     world.run(policy, 10_000)
     assert sum(drafts > 0 for drafts in world.chosen) == PROBE_STEPS <= PROBE_STEPS * ATTEMPTS
     assert policy.rests
+
+
+def test_a_rest_is_quiet_for_nearly_all_of_it():
+    """Where drafting does not pay, steps are those of an engine without it: one number is asked."""
+    world, policy = World(0.5, 0.3, speed=lambda step: 1e-4), DraftPolicy("auto")
+    world.run(policy, 1000)
+    quiet = world.quiet
+    world.run(policy, 10_000)
+    assert world.quiet - quiet >= 9_600
+
+
+def test_probes_that_find_nothing_become_rarer_up_to_a_time():
+    """A step takes a tenth of a millisecond, so seconds are many steps."""
+    world, policy = World(0.0, 0.1, speed=lambda step: 1e-4), DraftPolicy("auto")
+    world.run(policy, 250_000)
+    probes = [i for i in range(1, 250_000) if world.chosen[i] and not world.chosen[i - 1]]
+    gaps = [after - before for before, after in pairwise(probes)]
+    assert min(gaps[4:7]) > 4 * max(gaps[:2])
+    longest = RARELY_S / 1e-4
+    assert longest < gaps[-1] < 1.05 * longest
+    assert longest < gaps[-2] < 1.05 * longest
+
+
+@pytest.mark.parametrize("step_s", [1e-4, 1e-2, 1.0])
+def test_drafting_that_begins_to_pay_is_found(step_s):
+    """Texts change: what has long been refused is accepted. The first probe after that may be
+    some seconds away; as it goes well, others follow as soon as there is credit."""
+    world, policy = World(0.0, 0.1, speed=lambda step: step_s), DraftPolicy("auto")
+    world.run(policy, 20_000)
+    world.rate = 0.95
+    steps = 0
+    while sum(drafts > 0 for drafts in world.chosen[-200:]) < 150:
+        world.run(policy, 100)
+        steps += 100
+        assert steps < 1.1 * RARELY_S / step_s + 6000
+    assert world.run(policy, 4000) > 1.5
+
+
+def test_a_rest_goes_on_where_it_was_after_steps_of_other_sizes():
+    policy = DraftPolicy("auto")
+    one, many = (World(0.5, 0.3, n, speed=lambda step: 1e-4) for n in (1, 16))
+    for world in (one, many):
+        world.run(policy, 4000)
+    before = one.quiet + many.quiet
+    for _ in range(200):
+        one.run(policy, 10)
+        many.run(policy, 10)
+    # One of ten is asked about: the first after a change of size.
+    assert one.quiet + many.quiet - before >= 0.85 * 4000
+
+
+def test_the_rest_of_one_request_is_short():
+    """Another request may draft well: it is not kept waiting."""
+    policy = DraftPolicy("auto")
+    World(0.9, 0.2, answer=100).run(policy, 3000)
+    bad = World(0.0, 0.2)
+    bad.run(policy, 4000)
+    rests = [len(rest) for rest in "".join(str(min(d, 1)) for d in bad.chosen).split("1")]
+    assert max(rests) >= LONGEST_REST
+    assert policy._paces[0, False].left + policy.quiet <= LONGEST_REST
 
 
 def test_a_new_request_begins_with_what_others_taught():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qnext import LLM, native
+from qnext.engine import lanes as lanes_module
 from qnext.engine.engine import Engine
 from qnext.engine.request import Request, SamplingParams
 from qnext.model.native import NativeModel
@@ -71,6 +72,47 @@ def test_one_call_says_what_the_general_step_says(model, drafts, options):
         assert found[name][3].completion_tokens == usage.completion_tokens == len(tokens)
         assert found[name][3].near_ties == usage.near_ties
     assert {reason for _, _, reason, _ in plain.values()} == {"stop", "length"}
+
+
+def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
+    """No clock, no hidden rows; and drafting goes on behind it as behind a snapshot."""
+    clock = []
+    monkeypatch.setattr(lanes_module, "perf_counter", lambda: clock.append(0) or 0.0)
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    found, usage = {}, None
+    for setting in (0, "auto"):
+        engine = Engine(
+            model, max_num_seqs=2, memory_bytes=8 << 20, speculative_tokens=setting,
+            batch_invariant=True,
+        )  # fmt: skip
+        policy, asked = engine.policy, []
+
+        def held(*_, policy=policy, asked=asked, **__):
+            asked.append(policy.quiet)
+            return 2 if len(asked) % 6 else 0
+
+        def rest(*_, policy=policy, **__):
+            policy.quiet, policy.quiet_sizes = 10, {False: range(1, 3), True: range(0)}
+
+        policy.held, policy.rest_quietly = held, rest
+        for name in ("a", "b"):
+            engine.add(Request(id=name, prompt_ids=(5, 6, 7, 8), params=params))
+        answers = {"a": [], "b": []}
+        while engine.has_work:
+            quiet, asked_before, clock_before = policy.quiet, len(asked), len(clock)
+            for event in engine.step():
+                answers[event.request_id] += event.token_ids
+                usage = event.usage
+            if quiet and len(engine.scheduler.running) == 2:
+                assert (len(asked), len(clock)) == (asked_before, clock_before)
+                assert not engine.runner.keeps_rows
+                assert not any(engine.runner._backlog.values())
+                assert not engine.runner._run_rows
+                assert not any(s.drafts for s in engine.scheduler.running)
+        found[setting] = answers
+    assert found[0] == found["auto"]
+    assert usage is not None
+    assert usage.drafted_tokens > 20
 
 
 def test_unlikely_drafts_are_not_made(model):

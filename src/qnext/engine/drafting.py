@@ -24,20 +24,22 @@ RowOf = Callable[[Running, Sequence[int]], SampleRow]
 class Drafter:
     """Lets the MTP layer read and draft when the policy says so, and says what that took.
 
-    ``row`` is what the sampler has to know, ``choose`` the sampler; ``clock`` gives seconds.
+    ``running`` is the list of sequences that have a slot, as it is at any time; ``row`` is what the
+    sampler has to know, ``choose`` the sampler; ``clock`` gives seconds.
     """
 
     def __init__(
         self,
         runner: Runner,
         policy: DraftPolicy,
+        running: Sequence[Running],
         *,
         row: RowOf,
         choose: Choose,
         defined_ids: int,
         clock: Callable[[], float],
     ) -> None:
-        self.runner, self.policy = runner, policy
+        self.runner, self.policy, self._running = runner, policy, running
         self._row, self._choose = row, choose
         self._defined_ids, self._clock = defined_ids, clock
 
@@ -49,14 +51,14 @@ class Drafter:
         policy = self.policy
         if not policy.limit:
             return
-        if k is None and policy.quiet and policy.quiet_of == (len(sequences), _is_ruled(sequences)):
+        if k is None and policy.quiet and self._are_quiet(sequences):
             policy.quiet -= 1
-            self._leave_behind(sequences)
             return
         decoding = [s for s in sequences if s.length - s.done == 1 and not s.request.score_only]
         ruled = _is_ruled(decoding)
         if k is None:
             k = self._ask(decoding, ruled)
+            follow(self.runner, policy, self._running)
         if not k and policy.rests:
             self._leave_behind(sequences)
             return
@@ -83,6 +85,9 @@ class Drafter:
         elif len(decoding) == len(reading) and set(counts.values()) == {k}:
             policy.drafted(len(decoding), k, seconds, ruled=ruled)
 
+    def _are_quiet(self, sequences: Sequence[Running]) -> bool:
+        return len(sequences) in self.policy.quiet_sizes[_is_ruled(sequences)]
+
     def _ask(self, decoding: Sequence[Running], ruled: bool) -> int:
         if not decoding:
             return 0
@@ -101,7 +106,7 @@ class Drafter:
 
         Not while drafting does not pay: then it begins anew behind the snapshot.
         """
-        if not self.policy.limit:
+        if not self.runner.keeps_rows:
             return
         if self.policy.rests:
             self._leave_behind(sequences)
@@ -112,13 +117,32 @@ class Drafter:
 
     def _leave_behind(self, sequences: Sequence[Running]) -> None:
         """Forget the older rows of full backlogs: reading them would slow plain steps down."""
-        # As ``is_far_behind``; every step asks.
-        for sequence in [s for s in sequences if s.done + 1 - s.mtp_len >= FULL_BACKLOG]:
-            if sequence.slot is not None:
+        if not self.runner.keeps_rows:
+            return
+        for sequence in sequences:
+            if is_far_behind(sequence) and sequence.slot is not None:
                 rows = FULL_BACKLOG // 2
                 self.runner.shorten_backlog(sequence.slot, rows)
                 sequence.mtp_len = sequence.mtp_first = sequence.done + 1 - rows
                 sequence.lane = None  # it knows the first row
+
+
+def follow(runner: Runner, policy: DraftPolicy, running: Sequence[Running]) -> None:
+    """Have hidden rows kept or not: nothing will read those of the quiet part of a rest.
+
+    Behind it the MTP layer goes on from the last row of each sequence, as behind a snapshot.
+    """
+    if runner.keeps_rows != (policy.quiet > 0):
+        return
+    if runner.keeps_rows:
+        runner.doze()
+        return
+    late = [s for s in running if s.slot is not None and s.mtp_len <= s.done]
+    runner.wake([s.slot for s in late if s.slot is not None])
+    for sequence in late:
+        if sequence.mtp_len < sequence.done:
+            sequence.mtp_len = sequence.mtp_first = sequence.done
+            sequence.lane = None  # it knows the first row
 
 
 def is_far_behind(sequence: Running) -> bool:

@@ -236,8 +236,8 @@ class Engine:
                 defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             )  # fmt: skip
         self.drafter = Drafter(
-            runner, self.policy, row=self._row, choose=self._choose, defined_ids=self.defined_ids,
-            clock=clock,
+            runner, self.policy, self.scheduler.running, row=self._row, choose=self._choose,
+            defined_ids=self.defined_ids, clock=clock,
         )  # fmt: skip
         self.masks_ahead = MasksAhead()
         self.tier: DiskTier | None = None

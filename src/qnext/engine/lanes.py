@@ -12,7 +12,7 @@ nothing in them: what counts here is how many different functions and objects a 
 from collections.abc import Callable
 from time import perf_counter
 
-from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, is_far_behind
+from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, follow, is_far_behind
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
@@ -76,14 +76,16 @@ class Lanes:
         """
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
-        limit = policy.limit
-        wanted, is_quiet = 0, True
-        if policy.quiet and policy.quiet_of == (len(running), False):
+        limit, wanted, native, started = policy.limit, 0, 0, 0.0
+        if policy.quiet and len(running) in policy.quiet_sizes[False]:
+            # From here on this is a step of an engine that never drafts.
             policy.quiet -= 1
-        elif limit:
-            wanted, is_quiet = self._ask(running), False
-        native = wanted if wanted and not runner.is_behind(running) else 0
-        started = perf_counter() if policy.is_auto else 0.0
+            limit = 0
+        if limit:
+            wanted = self._ask(running)
+            follow(runner, policy, self.scheduler.running)
+            native = wanted if wanted and not runner.is_behind(running) else 0
+            started = perf_counter() if policy.is_auto else 0.0
         lanes, want_logits = [], False
         for s in running:
             lane = s.lane
@@ -129,12 +131,10 @@ class Lanes:
                 ended.append(s)
         if limit:
             drafting_s = runner.seconds[2]
-            if is_quiet or not policy.is_auto:
-                pass
-            elif len(drafted) == 1:
+            if policy.is_auto and len(drafted) == 1:
                 seconds = perf_counter() - started - drafting_s
                 policy.verified(len(running), drafted.pop(), seconds)
-            else:
+            elif policy.is_auto:
                 policy.mixed()
             if native and policy.is_auto:
                 policy.drafted(len(running), native, drafting_s)
@@ -159,4 +159,6 @@ class Lanes:
     def _somebody_is_far_behind(self) -> bool:
         """Whether a backlog may be full before the next look, if it is time to look."""
         self._looked = (self._looked + 1) % LOOK_EVERY
-        return not self._looked and any(is_far_behind(s) for s in self.scheduler.running)
+        if self._looked or not self.runner.keeps_rows:
+            return False
+        return any(is_far_behind(s) for s in self.scheduler.running)

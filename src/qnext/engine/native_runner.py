@@ -37,7 +37,8 @@ class _Run:
 
 
 class NativeRunner(Runner):
-    """One native model and one cache; ``track_mtp`` keeps what the MTP head needs.
+    """One native model and one cache; ``track_mtp`` keeps what the MTP head needs, unless it
+    ``doze``s.
 
     At most ``num_speculative`` sequences have drafts, ``max_drafts`` each.
     """
@@ -103,6 +104,10 @@ class NativeRunner(Runner):
         self._end_run()
         self._pick_rows(slot)
         super().shorten_backlog(slot, count)
+
+    def doze(self) -> None:
+        self._run_slots, self._run_rows = [], []
+        super().doze()
 
     def keep(self, counts: Sequence[int]) -> None:
         self._end_run()
@@ -195,7 +200,7 @@ class NativeRunner(Runner):
             drafts.append(s.drafts)
             rows += len(s.drafts)
         hidden = self._unread
-        if self.track_mtp or rows > len(hidden):
+        if self.keeps_rows or rows > len(hidden):
             # Kept for the MTP layer, or room for the steps to come.
             hidden = self._unread = np.empty((rows, config.hidden_size), dtype=np.float32)
         logits = np.empty((rows, config.vocab_size), dtype=np.float32) if want_logits else None
@@ -217,7 +222,7 @@ class NativeRunner(Runner):
         )
         self.seconds = tuple(seconds)
         row, is_plain = 0, rows == len(running) and not wanted
-        if is_plain and self.track_mtp:
+        if is_plain and self.keeps_rows:
             if slots != self._run_slots or len(self._run_rows) >= LONGEST_RUN:
                 self._end_run()
                 self._run_slots = slots
@@ -228,7 +233,7 @@ class NativeRunner(Runner):
             cache.advance(slot, count, speculative=bool(s.drafts))
             if has_read:
                 s.mtp_len = s.done + count + 1
-            elif self.track_mtp and not is_plain:
+            elif self.keeps_rows and not is_plain:
                 self._end_run()
                 self._backlog[slot].append(hidden[row : row + count])
             row += 1 + len(s.drafts)

@@ -29,7 +29,7 @@ class Pace:
     """
 
     __slots__ = (
-        "_draft", "_plain", "_recent", "_verify", "chosen", "drafts", "is_personal",
+        "_draft", "_plain", "_recent", "_verify", "chosen", "drafts", "failed", "is_personal",
         "left", "plain_s", "probing", "rest", "rested", "scatter", "steps",
     )  # fmt: skip
 
@@ -44,7 +44,9 @@ class Pace:
         """What was found to pay, also while a few steps without drafts are measured."""
         self.probing = 0
         self.rest = 0
-        """Steps that the last rest was to last."""
+        """Steps that the last rest was to last, or less."""
+        self.failed = 0
+        """Probes in a row after which drafting was not taken up."""
         self.rested = 0
         """Plain steps since drafts were last measured."""
         self.steps = 0

@@ -55,7 +55,7 @@ class MtpWork:
 
 
 class Runner:
-    """One model and one cache; ``track_mtp`` keeps what the MTP head needs."""
+    """One model and one cache; ``track_mtp`` keeps what the MTP head needs, unless it ``doze``s."""
 
     def __init__(
         self,
@@ -83,7 +83,9 @@ class Runner:
         return nullcontext()
 
     def _set_up(self, cache: HybridCache, *, track_mtp: bool) -> None:
-        self.cache, self.track_mtp = cache, track_mtp
+        self.cache = cache
+        self.keeps_rows = track_mtp
+        """Whether hidden rows are kept for the MTP layer to read."""
         self.routes: np.ndarray | None = None
         """Experts [P, L, X] of the last step, int32, if one of its works wanted them: for each
         sparse layer those that ran, the one with the largest weight first."""
@@ -154,6 +156,18 @@ class Runner:
                 del rows[0]
             left -= size
 
+    def doze(self) -> None:
+        """Keep no hidden rows from now on, and forget those that were not read."""
+        self.keeps_rows = False
+        for rows in self._backlog.values():
+            rows.clear()
+
+    def wake(self, slots: Sequence[int]) -> None:
+        """Keep them again; of these sequences that of the last token, as behind a snapshot."""
+        self.keeps_rows = True
+        for slot in slots:
+            self._backlog[slot] = [self.cache.last_hidden[slot][None].clone()]
+
     # -- the model -------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -204,7 +218,7 @@ class Runner:
         self.cache.keep(counts)
         start = 0
         for work, count in zip(self._works, counts, strict=True):
-            if self.track_mtp and count:
+            if self.keeps_rows and count:
                 self._backlog[work.slot].append(self._hidden[start : start + count])
             start += len(work.ids)
         self._hidden, self._step_rows = None, start
@@ -214,7 +228,7 @@ class Runner:
 
         They are views of all hidden rows of their step, which are to be freed.
         """
-        if not self.track_mtp or self._step_rows <= 4 * len(self._works):
+        if not self.keeps_rows or self._step_rows <= 4 * len(self._works):
             return
         for work in self._works:
             rows = self._backlog.get(work.slot)

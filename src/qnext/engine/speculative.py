@@ -10,8 +10,10 @@ a request never depend on how many were drafted.
 
 Finding out costs time. The first batch size is tried a few steps; another one is taken to cost what
 its neighbour does. After that, probes are paid from a credit that grows with the time steps take,
-and where even full acceptance would not pay there are none.
-A choice holds for many steps: weighing takes as long as a tenth of a small model's step.
+become rarer while they find nothing, and where even full acceptance would not pay there are none.
+A choice holds for many steps: weighing takes as long as a tenth of a small model's step. A rest
+lasts until the next probe, and most of it is *quiet*: such steps are not asked about, not measured,
+and nothing is kept for the MTP layer. They are the steps of an engine that never drafts.
 """
 
 from collections.abc import Sequence
@@ -39,7 +41,9 @@ shows, and times scatter: where plain steps do, it is more."""
 HOLD = 32
 """Steps that a number of drafts is kept."""
 FIRST_REST, LONGEST_REST = 32, 256
-"""Steps before a rest is weighed again; doubled each time."""
+"""Steps before a rest is weighed again, doubled each time, if more is not needed to pay a probe."""
+RARELY_S = 5.0
+"""Probes that find nothing are put off twice as long each time, but no longer than this."""
 PROBE_STEPS = 8
 """Steps of one probe."""
 ATTEMPTS = 2
@@ -58,6 +62,7 @@ FIRST_ANSWER = 64.0
 """Tokens of an answer before any has ended."""
 FIRST_ROW = 0.02
 """Plain steps that the MTP layer takes to read a row, before any was read."""
+NOBODY = range(0)
 
 
 class Acceptance:
@@ -115,9 +120,10 @@ class DraftPolicy:
         self.credit_s = 0.0
         """Seconds that probes may cost now."""
         self.quiet = 0
-        """Steps of so many sequences, ruled or not (``quiet_of``), that need not be asked about or
-        measured: they rest."""
-        self.quiet_of = (0, False)
+        """Steps that rest and need not be asked about or measured, where ``quiet_sizes`` agree."""
+        self.quiet_sizes: dict[bool, range] = {False: NOBODY, True: NOBODY}
+        """Numbers of sequences in such steps, by whether a grammar rules some."""
+        self._quiet_pace = Pace()
         self._outcomes: dict[tuple[int, int], int] = {}
         self._fresh: dict[tuple[str, int, int], int] = {}
         self._paces: dict[tuple[int, bool], Pace] = {}
@@ -173,7 +179,8 @@ class DraftPolicy:
         self._answer += 0.1 * (max(tokens, 1) - self._answer)
         for pace in self._paces.values():
             if pace.is_personal:
-                pace.left = self.quiet = 0
+                self._end_quiet()
+                pace.left = 0
 
     def verified(self, sequences: int, drafts: int, seconds: float, *, ruled: bool = False) -> None:
         """A step of decoding sequences alone, each with so many drafts, took so long."""
@@ -234,12 +241,18 @@ class DraftPolicy:
             own.note(drafted, accepted, times)
         self._fresh.clear()
 
+    def _first_drafts(self) -> float:
+        """The share of first drafts that were accepted, of those not weighed yet."""
+        counts = [(min(key[2], 1), times) for key, times in self._fresh.items()]
+        return sum(taken * times for taken, times in counts) / max(sum(t for _, t in counts), 1)
+
     # -- choice ----------------------------------------------------------------------------------
 
     def held(self, sequences: int, *, ruled: bool = False) -> int | None:
         """Drafts per sequence for the next step if that was chosen before; None to ``choose``."""
         if not isinstance(self.setting, str):
             return self.setting
+        self._end_quiet()
         pace = self._pace(sequences, ruled)
         if not pace.left:
             return None
@@ -249,13 +262,33 @@ class DraftPolicy:
         return pace.drafts
 
     def rest_quietly(self, sequences: int, *, ruled: bool = False) -> None:
-        """Take the steps of a rest that need not be measured off it, all at once."""
+        """Take the steps of a rest that need not be measured off it, all at once.
+
+        None where drafting pays at another batch size: then rows are kept for it.
+        """
         pace = self._pace(sequences, ruled)
-        if self.rests and pace.left > MEASURED and not pace.drafts:
-            self.quiet, self.quiet_of = pace.left - MEASURED, (sequences, ruled)
-            pace.left = MEASURED
-            pace.rested += self.quiet
-            self.credit_s += SHARE * self.quiet * pace.plain_s
+        if (
+            self.rests
+            and pace.left > MEASURED
+            and not pace.drafts
+            and not any(one.chosen for one in self._paces.values())
+        ):
+            most = 1 << _bucket(sequences)
+            self.quiet_sizes = {ruled: range(most // 2 + 1, most + 1), not ruled: NOBODY}
+            self._quiet_pace = pace
+            self._move_quiet(pace.left - MEASURED)
+
+    def _end_quiet(self) -> None:
+        """Give the rest back the quiet steps that were not made: another batch size has come."""
+        if self.quiet:
+            self._move_quiet(-self.quiet)
+
+    def _move_quiet(self, steps: int) -> None:
+        pace = self._quiet_pace
+        self.quiet += steps
+        pace.left -= steps
+        pace.rested += steps
+        self.credit_s += SHARE * steps * pace.plain_s
 
     def choose(self, request_ids: Sequence[str], *, behind: int = 0, ruled: bool = False) -> int:
         """Drafts per sequence for the next step of these requests.
@@ -266,8 +299,10 @@ class DraftPolicy:
             return self.setting
         if not request_ids:
             return 0
-        self._weigh_outcomes()
+        self._end_quiet()
         pace = self._pace(len(request_ids), ruled)
+        was_probe, seen = bool(pace.drafts) and not pace.chosen, self._first_drafts()
+        self._weigh_outcomes()
         pace.probing, pace.is_personal = 0, False
         if not pace.drafts:
             pace.settle()
@@ -286,13 +321,20 @@ class DraftPolicy:
         pace.steps = 0 if not pace.drafts else pace.steps
         pace.chosen = best
         if best:
-            pace.rest = 0
+            pace.rest = pace.failed = 0
             return self._hold(pace, best, HOLD)
-        pace.is_personal = self._best((), pace, costs, behind) > 0
-        if not pace.is_personal and self._may_probe(pace, costs, behind):
-            return self._probe(pace)
+        if was_probe:
+            # One that alone would have shown drafting to pay is a sign that texts have changed.
+            pace.failed = (
+                0 if len(costs) > 1 and seen >= costs[1] * START - 1.0 else pace.failed + 1
+            )
         pace.rest = min(2 * pace.rest, LONGEST_REST) if pace.rest else FIRST_REST
-        return self._hold(pace, 0, pace.rest)
+        pace.is_personal = self._best((), pace, costs, behind) > 0
+        if pace.is_personal:
+            return self._hold(pace, 0, pace.rest)
+        if not was_probe and self._may_probe(pace, costs, behind):
+            return self._probe(pace)
+        return self._hold(pace, 0, max(pace.rest, self._before_probe(pace, costs, behind)))
 
     def _hold(self, pace: Pace, drafts: int, steps: int, *, rests: bool = True) -> int:
         pace.drafts, pace.left = drafts, steps - 1
@@ -317,13 +359,31 @@ class DraftPolicy:
 
     def _may_probe(self, pace: Pace, costs: Sequence[float], behind: int) -> bool:
         """Whether acceptance could have changed enough to matter, and there is credit to look."""
-        cost = costs[1] if len(costs) > 1 else UNKNOWN
-        if cost * START >= 2.0 and pace.rested < STALE:
-            return False  # it would not pay if every draft were accepted
-        price = pace.plain_s * PROBE_STEPS * max(cost - 1.0, 0.1) + self._reading_s(pace, behind)
+        if _is_hopeless(costs) and pace.rested < STALE:
+            return False
+        price = self._price(pace, costs, behind)
         # What was not spent does not pile up to a burst of probes.
         self.credit_s = min(self.credit_s, 2.0 * price)
         return self.credit_s >= price
+
+    def _before_probe(self, pace: Pace, costs: Sequence[float], behind: int) -> int:
+        """Plain steps before the next probe, if one was not allowed now."""
+        if _is_hopeless(costs):
+            return STALE - pace.rested
+        price = self._price(pace, costs, behind)
+        # A little more, for what is behind then costs time to read too.
+        per_second = 1.2 / (SHARE * pace.plain_s)
+        steps = max(price - self.credit_s, 0.0) * per_second
+        if pace.failed:
+            rarer = price * per_second * 2.0 ** min(pace.failed - 1, 16)
+            steps = max(steps, min(rarer, RARELY_S / pace.plain_s))
+        return int(steps)
+
+    def _price(self, pace: Pace, costs: Sequence[float], behind: int) -> float:
+        """Seconds that a probe is expected to cost."""
+        cost = costs[1] if len(costs) > 1 else UNKNOWN
+        lost_s = pace.plain_s * PROBE_STEPS * max(cost - 1.0, 0.1)
+        return lost_s + self._reading_s(pace, behind)
 
     def _best(
         self, request_ids: Sequence[str], pace: Pace, costs: Sequence[float], behind: int
@@ -369,6 +429,11 @@ class DraftPolicy:
         if pace is None:
             pace = self._paces[key] = Pace()
         return pace
+
+
+def _is_hopeless(costs: Sequence[float]) -> bool:
+    """Whether a step with a draft would not pay if every one were accepted."""
+    return len(costs) > 1 and costs[1] * START >= 2.0
 
 
 def _bucket(sequences: int) -> int:
