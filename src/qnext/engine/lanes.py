@@ -85,7 +85,10 @@ class Lanes:
             wanted = self._ask(running)
             follow(runner, policy, self.scheduler.running)
             native = wanted if wanted and not runner.is_behind(running) else 0
-            started = perf_counter() if policy.is_auto else 0.0
+            if policy.quiet and not any(s.drafts for s in running):
+                limit = 0  # a rest begins, or goes on for another batch size
+            elif policy.is_auto:
+                started = perf_counter()
         lanes, want_logits = [], False
         for s in running:
             lane = s.lane
