@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "packed_product.h"
+#include "softmax_rows.h"
 #include "training_memory.h"
 
 namespace qnext::QNEXT_ISA {
@@ -38,15 +39,6 @@ int64_t longest(const AttentionCall& c) {
 int64_t visible(int64_t i, int64_t j, int64_t r, int64_t keys) {
   const int64_t seen = (i - j) * kBlock + r + 1;
   return seen < keys ? seen : keys;
-}
-
-float row_maximum(const float* x, int64_t count) {
-  Vec top = Vec::set(-INFINITY);
-  int64_t i = 0;
-  for (; i + Vec::width <= count; i += Vec::width) top = max(top, Vec::load(x + i));
-  float best = top.max();
-  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
-  return best;
 }
 
 // share = exp(scale x - top) for the first `seen` numbers, 0 up to kBlock; returns their sum.

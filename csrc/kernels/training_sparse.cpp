@@ -5,31 +5,12 @@
 #include <math.h>
 
 #include "packed_product.h"
+#include "softmax_rows.h"
 #include "training_experts.h"
 #include "training_memory.h"
 
 namespace qnext::QNEXT_ISA {
 namespace {
-
-float maximum(const float* x, int64_t count) {
-  Vec top = Vec::set(-INFINITY);
-  int64_t i = 0;
-  for (; i + Vec::width <= count; i += Vec::width) top = max(top, Vec::load(x + i));
-  float best = top.max();
-  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-// The sum of exp(x - top).
-float mass_of(const float* x, int64_t count, float top) {
-  const Vec minus = Vec::set(top);
-  Vec sum = Vec::zero();
-  int64_t i = 0;
-  for (; i + Vec::width <= count; i += Vec::width) sum = sum + exp(Vec::load(x + i) - minus);
-  float total = sum.sum();
-  for (; i < count; ++i) total += expf(x[i] - top);
-  return total;
-}
 
 #if defined(QNEXT_ISA_avx512)
 // The largest of up to 16 N numbers, without a branch that depends on them; NaN counts as the least.
@@ -242,7 +223,7 @@ bool load_forward(const LoadCall& c) {
       const float* x = c.logits + p * E;
       choose(x, E, c.slots, ids);
       for (int64_t s = 0; s < c.slots; ++s) ++c.counts[ids[s]];
-      const float top = maximum(x, E), lse = top + logf(mass_of(x, E, top));
+      const float top = row_maximum(x, E), lse = top + logf(mass_of(x, E, top));
       const Vec minus = Vec::set(lse);
       Vec along = Vec::zero();
       int64_t e = 0;
