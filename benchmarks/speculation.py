@@ -1,6 +1,7 @@
 """What drafting with the MTP head gains: throughput with and without, class by class.
 
-    python -m benchmarks.speculation [--model qnext-mini] [--batches 1 4 16] [--record]
+    python -m benchmarks.speculation [--model qnext-mini] [--batches 1 4 16] [--backend torch]
+        [--record]
 
 Every round runs the same prompts with every setting, in an order drawn anew, and compares each with
 drafting off in the same round. A run of a small model takes some milliseconds, and single ones
@@ -262,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write docs/results/speculation.json when asked."""
     args = parsed(_parser(), argv)
     try:
-        llm = LLM(args.model, dtype=args.dtype, memory="64MiB", max_num_seqs=1)
+        llm = LLM(
+            args.model, dtype=args.dtype, backend=args.backend, memory="64MiB", max_num_seqs=1
+        )
         if not llm.model.has_mtp:
             raise RequestError(f"--model {args.model}: this model has no MTP head to draft with.")
     except QnextError as error:
@@ -292,7 +295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = str(llm.model.dtype).removeprefix("torch.")
         conditions = f"{llm.name}, {dtype}, greedy, up to {args.tokens} tokens"
         title = "Throughput with MTP drafting, against the same engine without"
-        write_result("speculation", title, result_rows(every, conditions))
+        name = "speculation"
+        if args.backend == "torch":
+            name, title = "speculation_torch", f"{title}, on PyTorch's kernels"
+        write_result(name, title, result_rows(every, conditions))
     return 0
 
 
@@ -327,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--classes", nargs="+", choices=CLASSES, default=list(CLASSES))
     add("--seconds", type=float, default=30.0, help="rounds go on so long, if --rounds are fewer")
+    add("--backend", choices=("auto", "native", "torch"), default="auto", help="the kernels")
     add("--out", type=Path, metavar="FILE", help="everything, as JSON")
     add("--record", action="store_true", help="write docs/results/speculation.json")
     # fmt: on
