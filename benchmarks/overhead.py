@@ -28,6 +28,7 @@ from benchmarks.harness import write_result
 from qnext import cost, native
 from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
+from qnext.engine.lanes import MOST_ROUNDS
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.request import Request, SamplingParams
 from qnext.model.model import CausalLM, initialise
@@ -209,9 +210,13 @@ def measure(
     sampling: Mapping[str, Any],
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Seconds by part of each of ``steps`` steps in which ``batch`` sequences decode."""
+    """Seconds by part of each of the engine's steps in which ``batch`` sequences decode.
+
+    There are ``steps`` of the model in them.
+    """
     per_step = 1 + speculative_tokens
-    tokens = (steps + WARM_UP_STEPS + 4) * per_step
+    # A step of the engine may be several of the model.
+    tokens = (steps + (WARM_UP_STEPS + 4) * MOST_ROUNDS) * per_step
     engine = Engine(
         model,
         max_num_seqs=batch,
@@ -230,11 +235,17 @@ def measure(
     for _ in range(WARM_UP_STEPS):
         engine.step()
     found = []
-    with watched(engine) as watch:
-        for _ in tqdm(range(steps), desc="steps", leave=False, disable=not progress):
+    shown = tqdm(total=steps, desc="steps", leave=False, disable=not progress)
+    with watched(engine) as watch, shown as bar:
+        ran = 0
+        while ran < steps:
             engine.step()
             found.append(dict(watch.seconds))
             watch.seconds.clear()
+            runner = engine.runner
+            done = runner.rounds if isinstance(runner, NativeRunner) else 1
+            ran += done
+            bar.update(done)
     assert len(engine.scheduler.running) == batch, len(engine.scheduler.running)
     return found
 

@@ -83,8 +83,9 @@ def _answer(
         start = time.perf_counter()
         engine.step()
         whole = time.perf_counter() - start
-        forward, choose, draft = runner.seconds
-        if is_full and forward:  # or it was not one call
+        if is_full and runner.seconds[0]:  # or it was not one call
+            forward, choose, draft = (seconds / runner.rounds for seconds in runner.seconds)
+            whole /= runner.rounds
             times.append(StepTime(whole=whole, forward=forward, choose=choose, draft=draft))
     return times
 

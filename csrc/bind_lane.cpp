@@ -1,5 +1,6 @@
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "bindings.h"
@@ -25,13 +26,14 @@ struct Drafting {
   RoundSpace space;
 };
 
-// For each lane (tokens, accepted, tried, near-ties, reason, drafts of the next step); the seconds
-// of the forward, of choosing and of drafting.
+// For each lane (tokens, drafts of each round as (all, tried, accepted), near-ties, reason, drafts of
+// the next step, whether the MTP layer has read the tokens of the last round, how many those are,
+// how many of them are not in the state yet); seconds of the forward, of choosing and of drafting.
 nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>& lanes,
                   nb::list outputs, const std::vector<int64_t>& starts,
                   const std::vector<int64_t>& kept, nb::list drafts, int64_t wanted,
                   Array<float> hidden, nb::object logits, int64_t defined, float tie_bound,
-                  float least_share, bool invariant) {
+                  float least_share, bool invariant, int64_t rounds, double within) {
   const size_t B = lanes.size();
   if (nb::len(outputs) != B || starts.size() != B || kept.size() != B || nb::len(drafts) != B) {
     throw nb::value_error("advance: expected one entry for each lane.");
@@ -55,6 +57,8 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
     sync(lanes[b]->chooser, output);
     rows += 1 + static_cast<int64_t>(turn.drafts.size());
   }
+  // Rounds behind the first may have the drafts that the one before them makes.
+  if (rounds > 1) rows = std::max(rows, static_cast<int64_t>(B) * (1 + wanted));
   if (static_cast<int64_t>(hidden.size()) < rows * decoder.shape_.hidden) {
     throw nb::value_error("advance: hidden is too short.");
   }
@@ -74,13 +78,18 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
   round.head = drafting.head;
   {
     nb::gil_scoped_release release;
-    run_round(decoder, round, drafting.space, pool());
+    run_rounds(decoder, round, wanted, {rounds, within}, drafting.space, pool());
   }
   nb::list found;
   for (const Turn& turn : round.turns) {
-    found.append(nb::make_tuple(nb::cast(turn.tokens), turn.accepted, turn.tried,
-                                nb::cast(turn.close), turn.reason, nb::cast(turn.next),
-                                turn.wanted > 0));
+    nb::list verified;
+    for (const Turn::Verified& v : turn.verified) {
+      verified.append(nb::make_tuple(v.drafts, v.tried, v.accepted));
+    }
+    const size_t last = turn.tokens.size() - turn.begin;
+    found.append(nb::make_tuple(nb::cast(turn.tokens), verified, nb::cast(turn.close), turn.reason,
+                                nb::cast(turn.next), turn.wanted > 0, last,
+                                turn.drafts.empty() ? 0 : last));
   }
   return nb::make_tuple(found, round.forward_s, round.choose_s, round.draft_s);
 }
@@ -144,7 +153,9 @@ void bind_lane(nb::module_& m) {
         nb::arg("outputs"), nb::arg("starts"), nb::arg("kept"), nb::arg("drafts"),
         nb::arg("wanted"), nb::arg("hidden"), nb::arg("logits").none(), nb::arg("defined"),
         nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
-        "One step of lanes that decode, with choosing, accepting and drafting.");
+        nb::arg("rounds") = 1, nb::arg("within") = 0.0,
+        "A step of lanes that decode, with choosing, accepting and drafting; up to `rounds` in a "
+        "row, as far as they fit into `within` seconds.");
   m.def("propose", &propose, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
         nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"), nb::arg("invariant"),

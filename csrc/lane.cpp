@@ -35,6 +35,8 @@ void choose_tokens(Turn& turn, const Round& round, const float* logits, int64_t 
                    Bench& bench) {
   Chooser& chooser = turn.lane->chooser;
   const auto count = static_cast<int64_t>(turn.drafts.size());
+  Turn::Verified& verified = turn.verified.emplace_back();
+  verified.drafts = count;
   for (int64_t i = 0;; ++i) {
     Scores scores;
     scores.values = logits + i * vocabulary;
@@ -44,8 +46,8 @@ void choose_tokens(Turn& turn, const Round& round, const float* logits, int64_t 
     if (choice.close) turn.close.push_back(static_cast<int32_t>(turn.tokens.size()));
     turn.tokens.push_back(choice.token);
     const bool agrees = i < count && turn.drafts[i] == choice.token;
-    turn.tried += i < count;
-    turn.accepted += agrees;
+    verified.tried += i < count;
+    verified.accepted += agrees;
     if (chooser.ends(choice.token)) {
       turn.reason = 1;
     } else if (chooser.produced >= turn.lane->max_tokens) {
@@ -53,6 +55,24 @@ void choose_tokens(Turn& turn, const Round& round, const float* logits, int64_t 
     }
     if (turn.reason || !agrees) return;
   }
+}
+
+// Make every turn that of the round behind the one that was run: its newest token is the last that
+// was chosen. False, and nothing is changed, if one of them ended or lacks room for drafts.
+bool go_on(Round& round, int64_t wanted) {
+  for (const Turn& turn : round.turns) {
+    if (turn.reason || turn.wanted != wanted) return false;
+  }
+  for (Turn& turn : round.turns) {
+    const auto count = static_cast<int64_t>(turn.tokens.size() - turn.begin);
+    turn.kept = turn.drafts.empty() ? 0 : count;
+    turn.start += count;
+    turn.newest = turn.tokens.back();
+    turn.begin = turn.tokens.size();
+    turn.drafts = std::move(turn.next);
+    turn.next.clear();
+  }
+  return true;
 }
 
 }  // namespace
@@ -87,7 +107,7 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
   if (!round.logits) space.logits.resize(static_cast<size_t>(step.rows * V));
   step.logits = round.logits ? round.logits : space.logits.data();
   decoder.forward(step, pool);
-  round.forward_s = seconds_since(start);
+  round.forward_s += seconds_since(start);
 
   start = std::chrono::steady_clock::now();
   const auto B = static_cast<int64_t>(round.turns.size());
@@ -99,11 +119,11 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
       const int64_t row = step.sequences[b].row;
       Turn& turn = round.turns[b];
       choose_tokens(turn, round, step.logits + row * V, V, space.benches[team.thread]);
-      const auto kept = static_cast<int64_t>(turn.tokens.size());
+      const auto kept = static_cast<int64_t>(turn.tokens.size() - turn.begin);
       note_last_hidden(decoder.cache, turn.lane->slot, round.hidden + (row + kept - 1) * D, D);
     }
   });
-  round.choose_s = seconds_since(start);
+  round.choose_s += seconds_since(start);
 
   start = std::chrono::steady_clock::now();
   Step reading;
@@ -124,13 +144,14 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
     Sequence s = step.sequences[b];
     packed = packed && s.row == static_cast<int64_t>(ids.size());
     s.row = static_cast<int64_t>(ids.size());
-    s.tokens = static_cast<int64_t>(turn.tokens.size());
+    s.tokens = static_cast<int64_t>(turn.tokens.size() - turn.begin);
     s.before = turn.start + 1;
     s.first = turn.lane->first;
     s.kept = 0;
     s.speculative = false;
     reading.sequences.push_back(s);
-    ids.insert(ids.end(), turn.tokens.begin(), turn.tokens.end());
+    ids.insert(ids.end(), turn.tokens.begin() + static_cast<int64_t>(turn.begin),
+               turn.tokens.end());
     counts.push_back(count);
     choosers.push_back(&turn.lane->chooser);
     drafts.push_back(&turn.next);
@@ -146,7 +167,7 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
       for (int64_t b = 0; b < B; ++b) {
         const Turn& turn = round.turns[b];
         if (!turn.wanted) continue;
-        const size_t floats = turn.tokens.size() * D;
+        const size_t floats = (turn.tokens.size() - turn.begin) * D;
         std::memcpy(out, round.hidden + step.sequences[b].row * D, floats * 4);
         out += floats;
       }
@@ -155,7 +176,20 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
     make_drafts(decoder, reading, round.head, counts, choosers, round.least_share, drafts, space,
                 pool);
   }
-  round.draft_s = seconds_since(start);
+  round.draft_s += seconds_since(start);
+}
+
+void run_rounds(Decoder& decoder, Round& round, int64_t wanted, const Stretch& stretch,
+                RoundSpace& space, ThreadPool& pool) {
+  const auto start = std::chrono::steady_clock::now();
+  double before = 0.0;
+  for (int64_t done = 1;; ++done) {
+    run_round(decoder, round, space, pool);
+    const double now = seconds_since(start);
+    if (done >= stretch.rounds || now + (now - before) > stretch.within_s) return;
+    if (!go_on(round, wanted)) return;
+    before = now;
+  }
 }
 
 void make_drafts(Decoder& decoder, const Step& fill, const DraftHead& head,

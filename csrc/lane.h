@@ -37,13 +37,18 @@ struct Turn {
   int64_t kept = 0;   // accepted tokens of its last step that are not in its state yet
   int64_t wanted = 0;  // drafts to be made for the next step; 0 leaves the MTP layer alone
   std::vector<int32_t> drafts;
+  size_t begin = 0;  // of `tokens`, where those of this round begin
 
   // Out. As many tokens were run and stay as were chosen.
   std::vector<int32_t> tokens, next;  // chosen now; drafts behind them
   std::vector<int32_t> close;         // which of the tokens, counted from 0, are near-ties
-  int64_t accepted = 0;               // drafts that were chosen too
-  int64_t tried = 0;                  // drafts that were put to the test
   int reason = 0;                     // 1: an end token, 2: max_tokens
+
+  // Drafts of a round: those there were, those put to the test, those that were chosen too.
+  struct Verified {
+    int64_t drafts = 0, tried = 0, accepted = 0;
+  };
+  std::vector<Verified> verified;
 };
 
 struct Round {
@@ -55,7 +60,7 @@ struct Round {
   float* hidden = nullptr;  // [P][D] out
   float* logits = nullptr;  // [P][V] out, or null
   DraftHead head;
-  double forward_s = 0.0, choose_s = 0.0, draft_s = 0.0;  // out
+  double forward_s = 0.0, choose_s = 0.0, draft_s = 0.0;  // out, added to
 };
 
 // Buffers that rounds share.
@@ -67,6 +72,18 @@ struct RoundSpace {
 
 // The rows of a turn are packed one behind the other: newest, drafts.
 void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& pool);
+
+// How many rounds may follow each other before anybody looks.
+struct Stretch {
+  int64_t rounds = 1;
+  double within_s = 0.0;  // none begins that would end later, going by the one before it
+};
+
+// Rounds that go on from each other, until a turn ends, or has room for fewer drafts than `wanted`.
+// Turns gather the tokens of all rounds, as seconds are; drafts, `begin` and hidden rows are the
+// last one's.
+void run_rounds(Decoder& decoder, Round& round, int64_t wanted, const Stretch& stretch,
+                RoundSpace& space, ThreadPool& pool);
 
 // Drafts by reading `step` with the MTP layer and guessing on. `counts` [B] are the most for each
 // sequence; `choosers` know the tokens up to the newest, and are left as they were.

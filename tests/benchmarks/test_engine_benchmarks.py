@@ -64,7 +64,8 @@ def test_every_step_is_split_into_its_parts(runners, kind, drafts):
     steps = overhead.measure(
         runners[kind], batch=3, steps=5, speculative_tokens=drafts, sampling={"temperature": 0.0}
     )
-    assert len(steps) == 5
+    # A step of the engine may be several of the model.
+    assert len(steps) == 5 if kind == "PyTorch" else 1 <= len(steps) <= 5
     parts = ENGINE | MODEL[kind]
     if kind == "native":
         # Planning and keeping need no calls of their own; one call says what drafting took.

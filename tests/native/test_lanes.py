@@ -5,7 +5,9 @@ import torch
 
 from qnext import LLM, native
 from qnext.engine import lanes as lanes_module
+from qnext.engine import native_runner
 from qnext.engine.engine import Engine
+from qnext.engine.lanes import MOST_ROUNDS
 from qnext.engine.request import Request, SamplingParams
 from qnext.model.native import NativeModel
 
@@ -113,6 +115,31 @@ def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
     assert found[0] == found["auto"]
     assert usage is not None
     assert usage.drafted_tokens > 20
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_steps_follow_each_other_in_one_call_as_long_as_time_allows(model, drafts, monkeypatch):
+    """What comes in between waits for the time allowed and no longer; answers are the same."""
+
+    def answer(seconds):
+        monkeypatch.setattr(native_runner, "WITHIN_S", seconds)
+        engine = Engine(
+            model, max_num_seqs=2, memory_bytes=16 << 20, speculative_tokens=drafts,
+            batch_invariant=True,
+        )  # fmt: skip
+        for name, stop in (("a", ()), ("b", (77,))):
+            params = SamplingParams(max_tokens=150, seed=1, ignore_eos=True, stop_token_ids=stop)
+            engine.add(Request(id=name, prompt_ids=(5, 6, 7, ord(name)), params=params))
+        found, most = {"a": [], "b": []}, 0
+        while engine.has_work:
+            for event in engine.step():
+                found[event.request_id] += event.token_ids
+                most = max(most, len(event.token_ids))
+        return found, most
+
+    (alone, most), (together, more) = answer(0.0), answer(60.0)
+    assert together == alone
+    assert most <= 1 + drafts < MOST_ROUNDS <= more
 
 
 def test_unlikely_drafts_are_not_made(model):

@@ -206,7 +206,7 @@ class OurSession:
         self._experts += decoder.experts_read
         kept = self._kept
         for slot in self._slots:
-            cache.advance(slot, kept, speculative=is_verifying)
+            cache.advance(slot, kept, kept if is_verifying else 0)
 
     def _decode(self, ids: list[list[int]]) -> None:
         case, runner = self.case, self.runner
@@ -295,7 +295,7 @@ def time_outside(subject: Subject, *, steps: int) -> float:
         engine.step()
         engine.step()
         timed.seconds, start = 0.0, time.perf_counter()
-        for _ in range(steps):
+        while engine.has_work:
             engine.step()
         total = time.perf_counter() - start
         engine.close()

@@ -2,7 +2,8 @@
 
 Synchronous and single-threaded: ``add`` and ``cancel`` take effect at the next ``step``, ``step``
 runs one packed batch and returns what it produced. Everything asynchronous is outside. Requests
-join and leave between steps, so a long answer never holds up a short one.
+join and leave between steps, so a long answer never holds up a short one. Steps of nothing but
+decoding may follow each other for a few milliseconds before anybody looks (``lanes.py``).
 
 A step is: plan -> forward -> sample every row -> accept drafts that equal what was sampled -> keep
 what stays -> let the MTP layer read the new rows and draft for the next step -> plant snapshots.

@@ -6,7 +6,9 @@ left is to run, choose, accept and draft. ``Lanes`` recognises such a step and d
 (``csrc/lane.h``); the numbers, and so the tokens, are those of the general step.
 
 A step of a large model streams its weights through every cache, so Python begins each time with
-nothing in them: what counts here is how many different functions and objects a step touches.
+nothing in them: what counts here is how many different functions and objects a step touches. So
+steps follow each other in the call for as long as nothing but running and choosing is to be done,
+up to a fiftieth of a second.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from qnext.engine.scheduler import Scheduler
 from qnext.engine.sequence import Sequence as Running
 from qnext.engine.speculative import DraftPolicy
 
+MOST_ROUNDS = 8
+"""Steps between two looks of Python, if they take no longer than ``native_runner.WITHIN_S``."""
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 Told = Callable[[Running, FinishReason | None, list[TokenLogprobs]], None]
@@ -97,13 +101,21 @@ class Lanes:
             lanes.append(lane)
             if s.request.params.logprobs is not None:
                 want_logits = True
+        rounds = 1
+        # Where drafting is being weighed, every step is measured.
+        if not want_logits and (not limit or (native == wanted and not policy.is_auto)):
+            rounds = self._rounds(running, native)
+            if policy.quiet:
+                rounds = min(rounds, 1 + policy.quiet)
         found, logits = runner.advance(
-            running, lanes, wanted=native, defined_ids=self.defined_ids,
-            tie_bound=self.tie_bound, least_share=policy.least_share, want_logits=want_logits,
+            running, lanes, wanted=native, defined_ids=self.defined_ids, tie_bound=self.tie_bound,
+            least_share=policy.least_share, want_logits=want_logits, rounds=rounds,
         )  # fmt: skip
+        if policy.quiet:
+            policy.quiet -= runner.rounds - 1
         drafted: set[int] = set()
         ended, row = [], 0
-        for s, (tokens, accepted, tried, close, why, drafts, _) in zip(running, found, strict=True):
+        for s, (tokens, verified, close, why, drafts, *_) in zip(running, found, strict=True):
             count = len(tokens)
             s.done += count
             s.ran += count
@@ -116,13 +128,13 @@ class Lanes:
                 assert logits is not None
                 logprobs = logprobs_of(logits[row : row + count], tokens, [top] * count)
             if limit:
-                tested = len(s.drafts)
-                drafted.add(tested)
-                row += tested
-                if tested:
-                    s.drafted += tested
-                    s.accepted += accepted
-                    policy.note(s.request.id, tried, accepted)
+                for tested, tried, accepted in verified:
+                    drafted.add(tested)
+                    row += tested
+                    if tested:
+                        s.drafted += tested
+                        s.accepted += accepted
+                        policy.note(s.request.id, tried, accepted)
             row += 1
             s.drafts = drafts
             reason = REASONS[why]
@@ -144,6 +156,14 @@ class Lanes:
             if not native and (wanted or self._somebody_is_far_behind()):
                 return ended, wanted
         return ended, None
+
+    def _rounds(self, running: list[Running], drafts: int) -> int:
+        """How many steps in a row there are pages for, each with so many drafts."""
+        most, page = MOST_ROUNDS, self.scheduler.page_size
+        for s in running:
+            room = len(s.pages) * page - len(s.request.prompt_ids) - len(s.output_ids)
+            most = min(most, 1 + max(room - 2 * drafts, 0) // (1 + drafts))
+        return most
 
     def _ask(self, running: list[Running]) -> int:
         """Drafts for the next step."""

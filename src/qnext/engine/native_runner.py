@@ -21,6 +21,9 @@ from qnext.model.native import DeferredCache, NativeModel, Piece
 _NO_CAPTURES = np.zeros((0, 3), dtype=np.int64)
 LONGEST_RUN = 32
 """Steps whose hidden rows are kept together before they are told apart by sequence."""
+WITHIN_S = 0.02
+"""Seconds in which steps may follow each other without a look of Python's. A request that came or
+was cancelled in between waits no longer, and tokens are told of at most so late."""
 
 
 class _Run:
@@ -63,7 +66,9 @@ class NativeRunner(Runner):
         )
         self._set_up(self.deferred, track_mtp=track_mtp)
         self.seconds: tuple[float, ...] = (0.0, 0.0, 0.0)
-        """Of the last ``advance``: its forward, choosing tokens, drafting."""
+        """Of the last ``advance``: its forwards, choosing tokens, drafting."""
+        self.rounds = 0
+        """Steps that the last ``advance`` ran."""
         # Hidden rows [B, D] of the last steps, each of one token of these slots. Most are dropped
         # unread, so they are told apart when they are read.
         self._backlog: dict[int, list[Any]]
@@ -177,12 +182,15 @@ class NativeRunner(Runner):
         tie_bound: float,
         least_share: float,
         want_logits: bool,
+        rounds: int = 1,
     ) -> tuple[list[Any], Tensor | None]:
         """``forward``, the choice of tokens, ``keep``, and with ``wanted`` up to so many drafts.
 
-        Adds the tokens to ``output_ids``. Returns for each sequence (tokens, drafts accepted,
-        drafts tried, places of near-ties, reason to end, drafts, whether the MTP layer has read
-        on), and on demand the logits of all rows.
+        As many times as ``rounds`` in a row, within ``WITHIN_S``, as long as no sequence ends, if
+        nobody wants hidden rows or logits. Adds the tokens to ``output_ids``. Returns for each
+        sequence (tokens, drafts of each step as (all, tried, accepted), places of near-ties, reason
+        to end, drafts, whether the MTP layer has read the last step's tokens, how many those are,
+        how many of them are not in the state yet), and on demand the logits of all rows.
         """
         self._own_backlog()
         self._step_rows = 0
@@ -199,10 +207,12 @@ class NativeRunner(Runner):
             outputs.append(s.output_ids)
             drafts.append(s.drafts)
             rows += len(s.drafts)
-        hidden = self._unread
-        if self.keeps_rows or rows > len(hidden):
+        if want_logits or (self.keeps_rows and not wanted):
+            rounds = 1
+        hidden, room = self._unread, max(rows, len(running) * (1 + wanted))
+        if self.keeps_rows or room > len(hidden):
             # Kept for the MTP layer, or room for the steps to come.
-            hidden = self._unread = np.empty((rows, config.hidden_size), dtype=np.float32)
+            hidden = self._unread = np.empty((room, config.hidden_size), dtype=np.float32)
         logits = np.empty((rows, config.vocab_size), dtype=np.float32) if want_logits else None
         found, *seconds = self.native.module.advance(
             cache.decoder,
@@ -219,24 +229,31 @@ class NativeRunner(Runner):
             tie_bound,
             least_share,
             self.native.invariant,
+            rounds,
+            WITHIN_S,
         )
         self.seconds = tuple(seconds)
+        self.rounds = len(found[0][1])
         row, is_plain = 0, rows == len(running) and not wanted
         if is_plain and self.keeps_rows:
             if slots != self._run_slots or len(self._run_rows) >= LONGEST_RUN:
                 self._end_run()
                 self._run_slots = slots
             self._run_rows.append(hidden)
-        for s, slot, (tokens, *_, has_read) in zip(running, slots, found, strict=True):
+        for s, slot, (tokens, verified, *_, has_read, last, pending) in zip(
+            running, slots, found, strict=True
+        ):
             count = len(tokens)
             s.output_ids += tokens
-            cache.advance(slot, count, speculative=bool(s.drafts))
+            cache.advance(slot, count, pending)
             if has_read:
                 s.mtp_len = s.done + count + 1
             elif self.keeps_rows and not is_plain:
                 self._end_run()
-                self._backlog[slot].append(hidden[row : row + count])
-            row += 1 + len(s.drafts)
+                self._backlog[slot].append(hidden[row : row + last])
+                if last < count:  # the steps before the last were read
+                    s.mtp_len = s.done + count - last + 1
+            row += 1 + verified[-1][0]
         return found, None if logits is None else torch.from_numpy(logits)
 
     # -- any step --------------------------------------------------------------------------------

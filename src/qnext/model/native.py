@@ -504,10 +504,13 @@ class DeferredCache(HybridCache):
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def advance(self, slot: int, count: int, *, speculative: bool) -> None:
-        """A step run by the decoder alone has added so many tokens to a sequence."""
+    def advance(self, slot: int, count: int, pending: int) -> None:
+        """Steps run by the decoder alone have added so many tokens to a sequence.
+
+        The last ``pending`` of them are not in its state yet.
+        """
         self._lengths[slot] += count
-        self.kept[slot] = count if speculative else 0
+        self.kept[slot] = pending
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """Note what the coming step of the decoder runs; ``keep`` ends it."""
