@@ -304,14 +304,16 @@ class HybridCache:
             self.last_hidden[owners] = view.hidden[rows].to(self.last_hidden.dtype)
 
     def _commit_windows(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
-        """The convolution inputs before and among the kept tokens, for all layers at once."""
+        """The convolution inputs before and among the kept tokens."""
         history, device = self.conv.shape[2], view.segments.device
         slots = view.slot_index[live]
-        rows = view.rows_of(live, kept)
-        old = self.conv[:, slots].flatten(1, 2)
-        new = torch.stack([view.held[layer][0][rows] for layer in sorted(view.held)])
-        tail = Segments.of([kept[b] for b in live], device).tail_table(history)
-        self.conv[:, slots] = torch.cat((old, new.to(old.dtype)), dim=1)[:, tail]
+        before = len(live) * history
+        # In the rows of the old windows and, behind them, of everything that was held.
+        sources = torch.cat((torch.arange(before, device=device), view.rows_of(live, kept) + before))
+        tail = sources[Segments.of([kept[b] for b in live], device).tail_table(history)]
+        for layer, inputs in view.held.items():
+            old = self.conv[layer, slots].flatten(0, 1)
+            self.conv[layer, slots] = torch.cat((old, inputs[0].to(old.dtype)))[tail]
 
     def _replay(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
         """Apply the kept tokens to the untouched state, token by token as decoding would."""
@@ -329,11 +331,13 @@ class HybridCache:
         """The state each speculative sequence had after its last kept token."""
         place = {b: i for i, b in enumerate(view.speculative)}
         if self.recurrent.device.type == "cpu":
-            # One after the other: gathered first, every state would be copied twice.
+            # One after the other: gathered first, every state would be copied twice. As arrays:
+            # tensors take half as long again.
             picked = [(view.slots[b], kept[b] - 1, place[b]) for b in live]
             for layer, states in view.states.items():
+                own, noted = self.recurrent[layer].numpy(), states.detach().numpy()
                 for slot, step, lane in picked:
-                    self.recurrent[layer, slot] = states[step, lane]
+                    own[slot] = noted[step, lane]
             return
         lanes = torch.tensor([place[b] for b in live], device=view.segments.device)
         steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)

@@ -7,7 +7,7 @@ share a round, so what a token gets does not depend on its company.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -73,8 +73,6 @@ def rounds_of(
     if speculative:
         pieces = [(b, 0, segments.lengths[b], ()) for b in speculative]
         rounds.append(_round(segments, pieces, by_step=True, speculative=rollback == "snapshots"))
-    if len(rounds) == 1 and len(rounds[0].lanes) == segments.count:
-        rounds[0] = replace(rounds[0], is_whole=True)
     return tuple(rounds)
 
 
@@ -100,13 +98,25 @@ def _round(
     speculative: bool,
 ) -> Round:
     starts, device = segments.starts, segments.device
+    captured = tuple((lane, slot) for lane, piece in enumerate(pieces) for slot in piece[3])
+    if [piece[:3] for piece in pieces] == [(b, 0, n) for b, n in enumerate(segments.lengths)]:
+        # Nothing is left out, so the batch's own tables serve.
+        return Round(
+            lanes=torch.arange(segments.count, device=device),
+            rows=torch.arange(segments.total, device=device),
+            segments=segments,
+            by_step=by_step,
+            captured=captured,
+            speculative=speculative,
+            is_whole=True,
+        )
     rows = [torch.arange(starts[b] + start, starts[b] + end) for b, start, end, _ in pieces]
     return Round(
         lanes=torch.tensor([b for b, *_ in pieces], device=device),
         rows=torch.cat(rows).to(device),
         segments=Segments.of([end - start for _, start, end, _ in pieces], device),
         by_step=by_step,
-        captured=tuple((lane, slot) for lane, piece in enumerate(pieces) for slot in piece[3]),
+        captured=captured,
         speculative=speculative,
     )
 
@@ -201,8 +211,8 @@ class CacheView:
         for b in self.speculative:
             starts[b] = at
             at += self.segments.lengths[b]
-        rows = [torch.arange(starts[b], starts[b] + counts[b]) for b in sequences]
-        return torch.cat(rows).to(self.segments.device)
+        rows = [row for b in sequences for row in range(starts[b], starts[b] + counts[b])]
+        return torch.tensor(rows, device=self.segments.device)
 
     def _capture_window(self, layer: int, x: Tensor, capture: Capture) -> None:
         """The last inputs before a captured state; called before the old window is written over."""

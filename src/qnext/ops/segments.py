@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,8 +79,10 @@ class Segments:
     def ids(self) -> Tensor:
         """Sequence number of each packed token, int64 [P]."""
 
+        # Every step of the engine makes some of these: NumPy takes a tenth of the time here.
         def build() -> Tensor:
-            return torch.repeat_interleave(torch.arange(self.count), torch.tensor(self.lengths))
+            lengths = np.array(self.lengths, dtype=np.int64)
+            return torch.from_numpy(np.repeat(np.arange(self.count), lengths))
 
         return self._once("ids", build)
 
@@ -87,9 +90,8 @@ class Segments:
         """Position of each packed token inside its own sequence, int64 [P]."""
 
         def build() -> Tensor:
-            starts = torch.tensor(self.starts[:-1], dtype=torch.int64)
-            lengths = torch.tensor(self.lengths)
-            return torch.arange(self.total) - torch.repeat_interleave(starts, lengths)
+            starts, lengths = np.array([self.starts[:-1], self.lengths], dtype=np.int64)
+            return torch.from_numpy(np.arange(self.total) - np.repeat(starts, lengths))
 
         return self._once("offsets", build)
 
