@@ -55,9 +55,12 @@ class Stepper:
         keep: Sequence[int] | None = None,
         speculative: bool | Sequence[bool] = False,
         captures: Sequence[Capture] = (),
+        keeps_first: bool = False,
     ) -> list[Tensor]:
         """Run the next tokens [T] of some sequences together; logits [T, V] of each piece."""
-        batch, view = self.prepare(pieces, speculative=speculative, captures=captures)
+        batch, view = self.prepare(
+            pieces, speculative=speculative, captures=captures, keeps_first=keeps_first
+        )
         self.hidden = self.model.run(batch, view)
         self.cache.keep(keep)
         logits = self.model.lm_logits(self.hidden)
@@ -69,6 +72,7 @@ class Stepper:
         *,
         speculative: bool | Sequence[bool] = False,
         captures: Sequence[Capture] = (),
+        keeps_first: bool = False,
     ) -> tuple[TokenBatch, CacheView]:
         """The batch and the cache view of a step; the caller runs the model and calls ``keep``."""
         rows = list(pieces)
@@ -82,6 +86,7 @@ class Stepper:
             batch.segments,
             speculative=speculative,
             captures=captures,
+            keeps_first=keeps_first,
         )
         return batch, view
 

@@ -5,6 +5,7 @@ anything that was not written shows.
 """
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -200,6 +201,66 @@ class TestKeep:
         assert torch.equal(stepper.cache.conv, conv)
         stepper.cache.keep([5])
         assert not torch.equal(stepper.cache.recurrent, recurrent)
+
+
+class TestNotedStates:
+    """With ``keeps_first`` a picked state is copied when it is asked for, not by ``keep``."""
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_they_are_the_states_that_keep_would_have_copied(self, pair_of, seed):
+        dice = random.Random(seed)
+        lazy, eager = (Stepper(pair_of.ours, sequences=3) for _ in range(2))
+        ids = pair_of.sequences[3]
+        for _ in range(40):
+            rows = sorted(dice.sample(range(3), dice.choice((1, 2, 3, 3, 3, 3))))
+            pieces, flags, kept = {}, [], []
+            for row in rows:
+                count, first = dice.randint(1, 4), dice.randrange(len(ids) - 4)
+                pieces[row] = ids[first : first + count]
+                flags.append(dice.random() < 0.8)
+                kept.append(dice.randint(1, count) if flags[-1] else count)
+            options = {"keep": kept, "speculative": flags}
+            got = lazy.step(pieces, keeps_first=True, **options)
+            assert all(map(torch.equal, got, eager.step(pieces, **options)))
+            row = dice.randrange(3)
+            what = dice.choice(("nothing", "nothing", "look", "bytes", "copy", "load"))
+            if what == "look":
+                *states, length = lazy.state(row)
+                *expected, expected_length = eager.state(row)
+                assert length == expected_length
+                assert all(map(torch.equal, states, expected))
+            for cache in (lazy.cache, eager.cache):
+                source, spare = lazy.slots[row], lazy.cache.num_slots - 1
+                if what == "bytes":
+                    cache.load_slot(spare, cache.length(source), cache.slot_bytes(source))
+                elif what == "copy":
+                    cache.copy_slot(source, spare)
+                elif what == "load":  # and the same again, so that its pages stay its own
+                    cache.load(source, cache.save(source))
+            if what in ("bytes", "copy"):
+                spare = lazy.cache.num_slots - 1
+                found = (cache.recurrent[:, spare] for cache in (lazy.cache, eager.cache))
+                assert torch.equal(*found)
+        for slot in lazy.slots:
+            lazy.cache.close(slot)
+        assert not lazy.cache._noted
+
+    def test_nothing_is_copied_from_step_to_step(self, pair_of):
+        stepper = Stepper(pair_of.ours, sequences=2)
+        before = stepper.cache.recurrent.clone()
+        for _ in range(3):
+            pieces = {0: pair_of.ids[:3], 1: pair_of.ids[3:6]}
+            stepper.step(pieces, keep=[1, 2], speculative=True, keeps_first=True)
+        assert torch.equal(stepper.cache.recurrent, before)
+        stepper.cache.settle(stepper.slots[1])
+        changed = stepper.cache.recurrent != before
+        assert changed[:, stepper.slots[1]].any()
+        assert not changed[:, stepper.slots[0]].any()
+
+    def test_a_promise_is_held(self, pair_of):
+        stepper = Stepper(pair_of.ours)
+        with pytest.raises(AssertionError, match="the first token was to stay"):
+            stepper.step({0: pair_of.ids[:3]}, keep=[0], speculative=True, keeps_first=True)
 
 
 class TestSlots:

@@ -57,6 +57,7 @@ class Twins:
     def compare_states(self) -> None:
         ours, theirs = self.runners[0].cache, self.runners[1].cache
         for slot in range(theirs.num_slots):
+            ours.settle(slot)
             theirs.settle(slot)
             assert ours.length(slot) == theirs.length(slot)
         self.compare("recurrent", theirs.recurrent, ours.recurrent)

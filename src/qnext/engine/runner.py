@@ -192,6 +192,7 @@ class Runner:
                 for b, work in enumerate(works)
                 for count, slot in work.captures
             ],
+            keeps_first=True,
         )
         self._works = works
         taps = Taps(want_router_logits=True) if wants_routes(works) else None

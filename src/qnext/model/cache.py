@@ -9,7 +9,8 @@ A step is: ``view`` -> the model runs -> ``keep``. ``keep(counts)`` makes the fi
 tokens of sequence b permanent and forgets the rest. Keys and values need no undoing, their length
 shrinks. The recurrent state cannot be cropped: a speculative sequence leaves it untouched while
 the model runs, and ``keep`` either picks the state it had after the kept tokens ("snapshots") or
-applies the kept tokens once more ("replay"). Both give the same bits.
+applies the kept tokens once more ("replay"). Both give the same bits. A picked state is copied only
+when somebody asks for it: mostly the next step does, and reads it where it was noted.
 """
 
 from collections.abc import Sequence
@@ -93,6 +94,10 @@ class HybridCache:
         self._lengths = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._open_view: CacheView | None = None
+        # States [T, B', W, K, M] of the last speculative step by layer, and which of them are the
+        # slots' own: those in ``recurrent`` are older.
+        self._noted: dict[int, Tensor] = {}
+        self._noted_at: dict[int, tuple[int, int]] = {}
 
     # -- slots -----------------------------------------------------------------------------------
 
@@ -120,11 +125,25 @@ class HybridCache:
     def close(self, slot: int) -> None:
         """Give a slot back."""
         assert slot not in self._free, slot
+        self._forget_noted(slot)
         self._free.append(slot)
 
     def length(self, slot: int) -> int:
         """Tokens of the sequence in this slot that are in the cache."""
         return self._lengths[slot]
+
+    def settle(self, slot: int) -> None:
+        """Bring the state of a slot up to date in ``recurrent``."""
+        if slot not in self._noted_at:
+            return
+        step, lane = self._noted_at[slot]
+        for layer, states in self._noted.items():
+            self.recurrent[layer, slot] = states[step, lane]
+        self._forget_noted(slot)
+
+    def _forget_noted(self, slot: int) -> None:
+        if self._noted_at.pop(slot, None) is not None and not self._noted_at:
+            self._noted = {}
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -133,6 +152,8 @@ class HybridCache:
     def copy_slot(self, source: int, target: int) -> None:
         """Copy state and length of one slot to another; both belong to the same prefix now."""
         assert self._open_view is None, "keep() of the previous step has not been called"
+        self.settle(source)
+        self._forget_noted(target)
         self.recurrent[:, target] = self.recurrent[:, source]
         self.conv[:, target] = self.conv[:, source]
         self.last_hidden[target] = self.last_hidden[source]
@@ -145,6 +166,7 @@ class HybridCache:
     def save(self, slot: int) -> Saved:
         """Copy the state of a sequence out of the cache; its pages stay its own."""
         assert self._open_view is None, "keep() of the previous step has not been called"
+        self.settle(slot)
         return Saved(
             length=self._lengths[slot],
             recurrent=self.recurrent[:, slot].clone(),
@@ -154,6 +176,7 @@ class HybridCache:
 
     def load(self, slot: int, saved: Saved) -> None:
         """Put a saved state into a slot; pages with its first ``length`` tokens must be mapped."""
+        self._forget_noted(slot)
         self.recurrent[:, slot] = saved.recurrent
         self.conv[:, slot] = saved.conv
         self.last_hidden[slot] = saved.last_hidden
@@ -185,11 +208,13 @@ class HybridCache:
     def slot_bytes(self, slot: int) -> bytes:
         """State, convolution window and last hidden row of one slot, copied out."""
         assert self._open_view is None, "keep() of the previous step has not been called"
+        self.settle(slot)
         tensors = (self.recurrent[:, slot], self.conv[:, slot], self.last_hidden[slot])
         return b"".join(_to_bytes(tensor) for tensor in tensors)
 
     def load_slot(self, slot: int, length: int, data: bytes) -> None:
         """Put the bytes of ``slot_bytes`` of a sequence of ``length`` tokens into a slot."""
+        self._forget_noted(slot)
         at = 0
         for tensor in (self.recurrent[:, slot], self.conv[:, slot], self.last_hidden[slot]):
             size = tensor.numel() * tensor.element_size()
@@ -208,12 +233,15 @@ class HybridCache:
         *,
         speculative: bool | Sequence[bool] = False,
         captures: Sequence[Capture] = (),
+        keeps_first: bool = False,
     ) -> CacheView:
         """Prepare one step: ``segments.lengths[b]`` new tokens for the sequence in ``slots[b]``.
 
         ``page_table`` [B, max pages] must cover the new tokens. Of a speculative sequence any
         number of new tokens may be dropped by ``keep``; of the others all are kept. ``captures``
-        ask for a copy of a sequence's state in the middle of its new tokens.
+        ask for a copy of a sequence's state in the middle of its new tokens. ``keeps_first`` is a
+        promise that at least one new token of every sequence will stay, so that nobody can come
+        back to the state before them.
         """
         assert self._open_view is None, "keep() of the previous step has not been called"
         assert len(slots) == segments.count == page_table.shape[0], (len(slots), segments.count)
@@ -223,6 +251,14 @@ class HybridCache:
         )
         before = tuple(self._lengths[slot] for slot in slots)
         view = self._view(slots, page_table, segments, before)
+        view.keeps_first = keeps_first
+        if keeps_first and self._noted_at.keys() == set(slots):
+            view.noted, self._noted = self._noted, {}
+            at = torch.tensor([self._noted_at.pop(slot) for slot in slots], device=segments.device)
+            view.noted_at = at.unbind(1)
+        else:
+            for slot in list(self._noted_at):
+                self.settle(slot)
         view.speculative = tuple(b for b, flag in enumerate(flags) if flag)
         view.settled = tuple(b for b, flag in enumerate(flags) if not flag)
         if view.speculative and view.settled:
@@ -288,13 +324,14 @@ class HybridCache:
         assert all(kept[b] == lengths[b] for b in view.settled), (
             "tokens can only be dropped from a speculative view"
         )
+        assert not view.keeps_first or all(kept), "the first token was to stay"
         live = [b for b in view.speculative if kept[b]]
         if live and len(self.config.delta_layers):
             self._commit_windows(view, live, kept)
             if self.rollback == "replay":
                 self._replay(view, live, kept)
             else:
-                self._pick(view, live, kept)
+                self._note(view, live, kept)
         starts = view.segments.starts
         for b, slot in enumerate(view.slots):
             self._lengths[slot] = view.before[b] + kept[b]
@@ -309,7 +346,9 @@ class HybridCache:
         slots = view.slot_index[live]
         before = len(live) * history
         # In the rows of the old windows and, behind them, of everything that was held.
-        sources = torch.cat((torch.arange(before, device=device), view.rows_of(live, kept) + before))
+        sources = torch.cat(
+            (torch.arange(before, device=device), view.rows_of(live, kept) + before)
+        )
         tail = sources[Segments.of([kept[b] for b in live], device).tail_table(history)]
         for layer, inputs in view.held.items():
             old = self.conv[layer, slots].flatten(0, 1)
@@ -327,22 +366,14 @@ class HybridCache:
             )  # fmt: skip
             self.recurrent[layer, slots] = state
 
-    def _pick(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
-        """The state each speculative sequence had after its last kept token."""
+    def _note(self, view: CacheView, live: list[int], kept: tuple[int, ...]) -> None:
+        """The state each speculative sequence had after its last kept token is its state now."""
         place = {b: i for i, b in enumerate(view.speculative)}
-        if self.recurrent.device.type == "cpu":
-            # One after the other: gathered first, every state would be copied twice. As arrays:
-            # tensors take half as long again.
-            picked = [(view.slots[b], kept[b] - 1, place[b]) for b in live]
-            for layer, states in view.states.items():
-                own, noted = self.recurrent[layer].numpy(), states.detach().numpy()
-                for slot, step, lane in picked:
-                    own[slot] = noted[step, lane]
-            return
-        lanes = torch.tensor([place[b] for b in live], device=view.segments.device)
-        steps = torch.tensor([kept[b] - 1 for b in live], device=view.segments.device)
-        for layer, states in view.states.items():
-            self.recurrent[layer, view.slot_index[live]] = states[steps, lanes]
+        self._noted = view.states
+        self._noted_at = {view.slots[b]: (kept[b] - 1, place[b]) for b in live}
+        if not view.keeps_first:
+            for b in live:
+                self.settle(view.slots[b])
 
 
 def _kind(tensor: Tensor) -> tuple[str, list[int]]:

@@ -151,6 +151,12 @@ class CacheView:
     states: dict[int, Tensor] = field(default_factory=dict)
     """By delta layer: states [T, B', W, K, M] of the speculative sequences after each token."""
     hidden: Tensor | None = None
+    keeps_first: bool = False
+    """Whether at least one new token of every sequence will stay."""
+    noted: dict[int, Tensor] = field(default_factory=dict)
+    """By delta layer: states [T, B', W, K, M] that the sequences' own are among; or nothing."""
+    noted_at: tuple[Tensor, ...] = ()
+    """For each sequence, where its own is: T and B', int64 [B] each."""
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v [P, G, H] of attention layer number ``layer``; return that layer's pages.
@@ -164,7 +170,10 @@ class CacheView:
 
     def read_state(self, layer: int) -> tuple[Tensor, Tensor]:
         """Convolution window [B, J-1, ch] and state [B, W, K, M] of delta layer ``layer``."""
-        return self.cache.conv[layer, self.slot_index], self.cache.recurrent[layer, self.slot_index]
+        conv = self.cache.conv[layer, self.slot_index]
+        if self.noted_at:
+            return conv, self.noted.pop(layer)[self.noted_at]
+        return conv, self.cache.recurrent[layer, self.slot_index]
 
     def write_state(
         self, layer: int, conv: Tensor, recurrent: Tensor, inputs: tuple[Tensor, ...]
