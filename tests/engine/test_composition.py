@@ -397,12 +397,12 @@ def windows_of_accepted_drafts_are_lost(patch):
 
 
 def rejected_drafts_stay_in_the_state_of_pytorch(patch):
-    pick = HybridCache._pick
+    note = HybridCache._note
 
     def everything(self, view, live, kept):
-        pick(self, view, live, view.segments.lengths)
+        note(self, view, live, view.segments.lengths)
 
-    patch.setattr(HybridCache, "_pick", everything)
+    patch.setattr(HybridCache, "_note", everything)
 
 
 def a_shared_page_is_not_copied(patch):
