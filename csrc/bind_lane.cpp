@@ -10,6 +10,8 @@
 namespace qnext {
 namespace {
 
+using Mask = nb::ndarray<const int32_t, nb::device::cpu, nb::c_contig, nb::ndim<1>>;
+
 // Let a chooser know the tokens of an answer, as Python has them; mostly it does already.
 void sync(Chooser& chooser, nb::list output) {
   const auto count = static_cast<int64_t>(nb::len(output));
@@ -31,9 +33,10 @@ struct Drafting {
 // how many of them are not in the state yet); seconds of the forward, of choosing and of drafting.
 nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>& lanes,
                   nb::list outputs, const std::vector<int64_t>& starts,
-                  const std::vector<int64_t>& kept, nb::list drafts, int64_t wanted,
-                  Array<float> hidden, nb::object logits, int64_t defined, float tie_bound,
-                  float least_share, bool invariant, int64_t rounds, double within) {
+                  const std::vector<int64_t>& kept, nb::list drafts, nb::object masks,
+                  int64_t wanted, Array<float> hidden, nb::object logits, int64_t defined,
+                  float tie_bound, float least_share, bool invariant, int64_t rounds,
+                  double within) {
   const size_t B = lanes.size();
   if (nb::len(outputs) != B || starts.size() != B || kept.size() != B || nb::len(drafts) != B) {
     throw nb::value_error("advance: expected one entry for each lane.");
@@ -41,6 +44,7 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
   Round round;
   round.turns.resize(B);
   int64_t rows = 0;
+  std::vector<Mask> held(B);
   for (size_t b = 0; b < B; ++b) {
     Turn& turn = round.turns[b];
     nb::list output = nb::cast<nb::list>(outputs[b]), guesses = nb::cast<nb::list>(drafts[b]);
@@ -53,6 +57,14 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
     turn.wanted = wanted;
     for (size_t i = 0; i < nb::len(guesses); ++i) {
       turn.drafts.push_back(nb::cast<int32_t>(guesses[i]));
+    }
+    if (!masks.is_none() && !masks[b].is_none()) {
+      if (!turn.drafts.empty() || rounds != 1) {
+        throw nb::value_error("advance: a mask is for one round without drafts.");
+      }
+      held[b] = nb::cast<Mask>(masks[b]);
+      turn.allowed = reinterpret_cast<const uint32_t*>(held[b].data());
+      turn.allowed_words = static_cast<int64_t>(held[b].size());
     }
     sync(lanes[b]->chooser, output);
     rows += 1 + static_cast<int64_t>(turn.drafts.size());
@@ -136,8 +148,15 @@ void bind_lane(nb::module_& m) {
           },
           nb::arg("chooser"), nb::arg("slot"), nb::arg("first"), nb::arg("pending"),
           nb::arg("max_tokens"), nb::arg("pages"), "A sequence while it runs.")
-      .def("set_pages",
-           [](Lane& self, const std::vector<int64_t>& pages) { self.pages = pages; });
+      .def("set_pages", [](Lane& self, const std::vector<int64_t>& pages) { self.pages = pages; })
+      .def(
+          "choose_instead",
+          [](Lane& self, int32_t token) {
+            if (!self.chooser.produced) throw nb::value_error("choose_instead: nothing is chosen.");
+            self.chooser.pop();
+            self.chooser.push(token);
+          },
+          nb::arg("token"), "Another token than the last one chosen.");
   nb::class_<Drafting>(m, "Drafting")
       .def(
           "__init__",
@@ -151,11 +170,12 @@ void bind_lane(nb::module_& m) {
           "The rows of the head that a draft may be, and the token of each.");
   m.def("advance", &advance, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("starts"), nb::arg("kept"), nb::arg("drafts"),
-        nb::arg("wanted"), nb::arg("hidden"), nb::arg("logits").none(), nb::arg("defined"),
-        nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
+        nb::arg("masks").none(), nb::arg("wanted"), nb::arg("hidden"), nb::arg("logits").none(),
+        nb::arg("defined"), nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
         nb::arg("rounds") = 1, nb::arg("within") = 0.0,
         "A step of lanes that decode, with choosing, accepting and drafting; up to `rounds` in a "
-        "row, as far as they fit into `within` seconds.");
+        "row, as far as they fit into `within` seconds. masks: None, or for each lane None or int32 "
+        "words with a bit for every allowed token; then there are no drafts, and one round.");
   m.def("propose", &propose, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
         nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"), nb::arg("invariant"),

@@ -151,6 +151,23 @@ void bind_sampling(nb::module_& m) {
         "None or int32 words with a bit for every allowed token.");
   m.def("log_probabilities", &log_probabilities_of, nb::arg("logits"), nb::arg("tokens"),
         nb::arg("tops"), "logits [R, V] -> (log-probability of tokens[r], its tops[r] best).");
+  m.def(
+      "best_scores",
+      [](Array<const float> logits, int64_t defined, int64_t most) {
+        if (logits.ndim() != 1 || defined < 1 || defined > static_cast<int64_t>(logits.size())) {
+          throw nb::value_error("best_scores: expected logits [V] and 1 <= defined <= V.");
+        }
+        static thread_local Bench bench;
+        std::vector<int32_t> ids(std::clamp<int64_t>(most, 0, defined));
+        std::vector<float> values(ids.size());
+        const int64_t count = best_scores(logits.data(), defined, static_cast<int64_t>(ids.size()),
+                                          ids.data(), values.data(), bench);
+        ids.resize(count);
+        values.resize(count);
+        return nb::make_tuple(ids, values);
+      },
+      nb::arg("logits"), nb::arg("defined"), nb::arg("most"),
+      "logits [V] -> ids and values of the best, largest first, of equals the lower id.");
   m.def("gumbel_noise", &gumbel, nb::arg("seed"), nb::arg("index"), nb::arg("id"));
 }
 

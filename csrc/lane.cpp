@@ -41,6 +41,8 @@ void choose_tokens(Turn& turn, const Round& round, const float* logits, int64_t 
     Scores scores;
     scores.values = logits + i * vocabulary;
     scores.n = round.defined;
+    scores.allowed = turn.allowed;
+    scores.allowed_words = turn.allowed_words;
     const Choice choice = choose(scores, chooser, round.tie_bound, false, bench);
     chooser.push(choice.token);
     if (choice.close) turn.close.push_back(static_cast<int32_t>(turn.tokens.size()));

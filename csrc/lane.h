@@ -36,6 +36,8 @@ struct Turn {
   int64_t start = 0;  // position of the newest token
   int64_t kept = 0;   // accepted tokens of its last step that are not in its state yet
   int64_t wanted = 0;  // drafts to be made for the next step; 0 leaves the MTP layer alone
+  const uint32_t* allowed = nullptr;  // bits of the tokens that may be chosen; null for all
+  int64_t allowed_words = 0;
   std::vector<int32_t> drafts;
   size_t begin = 0;  // of `tokens`, where those of this round begin
 

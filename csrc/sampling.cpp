@@ -405,19 +405,35 @@ Choice choose(const Scores& scores, const Chooser& c, float tie_bound, bool want
   return choice;
 }
 
+int64_t best_scores(const float* x, int64_t n, int64_t most, int32_t* ids, float* values,
+                    Bench& bench) {
+  most = std::min(most, n);
+  if (most <= 0) return 0;
+  find_peaks(x, n, bench);
+  collect(x, n, kth_largest(x, n, most, bench), bench);
+  std::stable_sort(bench.found.begin(), bench.found.end(),
+                   [&](int32_t a, int32_t b) { return x[a] > x[b]; });
+  const int64_t count = std::min(most, static_cast<int64_t>(bench.found.size()));
+  for (int64_t i = 0; i < count; ++i) {
+    ids[i] = bench.found[i];
+    values[i] = x[bench.found[i]];
+  }
+  return count;
+}
+
 float log_probabilities(const float* logits, int64_t n, int32_t token, int64_t most, int32_t* ids,
                         float* values, Bench& bench) {
   const float top = find_peaks(logits, n, bench);
   const double all = static_cast<double>(top) + std::log(kernels().sum_exp(logits, n, top, 1.0f));
   if (most > 0) {
     most = std::min(most, n);
-    const float least = kth_largest(logits, n, most, bench);
-    collect(logits, n, least, bench);
-    std::stable_sort(bench.found.begin(), bench.found.end(),
-                     [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    const int64_t count = best_scores(logits, n, most, ids, values, bench);
+    for (int64_t i = count; i < most; ++i) {
+      ids[i] = 0;
+      values[i] = logits[0];
+    }
     for (int64_t i = 0; i < most; ++i) {
-      ids[i] = i < static_cast<int64_t>(bench.found.size()) ? bench.found[i] : 0;
-      values[i] = static_cast<float>(static_cast<double>(logits[ids[i]]) - all);
+      values[i] = static_cast<float>(static_cast<double>(values[i]) - all);
     }
   }
   return static_cast<float>(static_cast<double>(logits[token]) - all);

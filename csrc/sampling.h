@@ -82,6 +82,11 @@ struct Bench {
 Choice choose(const Scores& scores, const Chooser& chooser, float tie_bound, bool want_share,
               Bench& bench);
 
+// The best `most` of scores [n], largest first, of equals the lower id; fewer where there are fewer
+// numbers. Returns how many.
+int64_t best_scores(const float* x, int64_t n, int64_t most, int32_t* ids, float* values,
+                    Bench& bench);
+
 // Log-probabilities under unmodified logits [n]: of `token`, and of the best `most` (ids and values,
 // largest first, of equals the lower id).
 float log_probabilities(const float* logits, int64_t n, int32_t token, int64_t most, int32_t* ids,

@@ -107,6 +107,18 @@ def test_auto_is_never_slower_than_off(rate, price, more):
     assert World(rate, price, **more).run(DraftPolicy("auto"), 4000) >= 0.985
 
 
+@pytest.mark.parametrize("sequences", [1, 16])
+def test_under_rules_nothing_is_tried_where_python_alone_would_take_the_gain(sequences):
+    """Of steps of a fifth of a millisecond for each sequence; of longer ones it is, and pays."""
+    for step_s, drafts in ((2e-4 * sequences, False), (2e-2 * sequences, True)):
+        world = World(0.9, 0.02, sequences, ruled=True, speed=lambda step, s=step_s: s)
+        speed = world.run(DraftPolicy("auto"), 3000)
+        assert speed > 1.5 if drafts else speed == pytest.approx(1.0)
+        assert any(world.chosen[:100]) == any(world.chosen) == drafts
+    free = World(0.9, 0.02, sequences, speed=lambda step: 2e-4 * sequences)
+    assert free.run(DraftPolicy("auto"), 3000) > 1.5
+
+
 @pytest.mark.parametrize("rate", [0.6, 0.8, 0.95])
 @pytest.mark.parametrize("sequences", [1, 4])
 def test_auto_is_close_to_the_best_fixed_number(rate, sequences):

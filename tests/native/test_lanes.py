@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qnext import LLM, native
+from qnext import LLM, StructuredOutputs, native
 from qnext.engine import lanes as lanes_module
 from qnext.engine import native_runner
 from qnext.engine.engine import Engine
@@ -172,3 +172,60 @@ def test_pytorch_leaves_the_cores_to_the_kernels_during_a_step(tiny_folder, monk
             assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(before)
+
+
+FORMS = [
+    {
+        "json_schema": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}},
+            "required": ["a"],
+        }
+    },
+    {"regex": r"(abc|abd){2}[0-9]{0,9}"},
+    {"choice": ["red", "green", "greenish"]},
+    {"json_object": True},
+]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, "auto"])
+def test_one_call_holds_to_rules_as_the_general_step_does(tiny_folder, drafts):
+    """Forms beside free answers, greedy, drawn and behind a filter, with and without numbers."""
+    pytest.importorskip("llguidance")
+    wishes = [
+        {"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.0, "logprobs": 1},
+        {"temperature": 0.8, "top_k": 9}, {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "frequency_penalty": 0.4, "logprobs": 0}, {"temperature": 0.0, "n": 2},
+    ]  # fmt: skip
+    params = [
+        SamplingParams(**wish, seed=i, max_tokens=8 + 6 * i, structured_outputs=form)
+        for i, wish in enumerate(wishes)
+        for form in (*[StructuredOutputs(**one) for one in FORMS], None)
+    ]
+    found, by_lanes = {}, 0
+    for lanes in (False, True):
+        with LLM(tiny_folder, speculative_tokens=drafts, memory="64MiB", batch_invariant=True,
+                 threads=1, max_num_seqs=3, backend="native") as llm:  # fmt: skip
+            engine = llm.engine
+            if lanes:
+                assert engine.lanes is not None
+                step, running = engine.lanes.step, engine.scheduler.running
+
+                def counted(told, step=step, running=running):
+                    nonlocal by_lanes
+                    by_lanes += any(sequence.guide is not None for sequence in running)
+                    return step(told)
+
+                engine.lanes.step = counted
+            else:
+                engine.lanes = None
+            answers = llm.generate(["Go on.\n"] * len(params), params)
+        found[lanes] = [
+            (one.token_ids, one.text, one.finish_reason, one.logprobs, one.usage.forced_tokens,
+             one.usage.near_ties, one.usage.completion_tokens, one.usage.reasoning_tokens)
+            for answer in answers for one in (answer, *answer.others)
+        ]  # fmt: skip
+    assert found[True] == found[False]
+    assert by_lanes > 40 or drafts == 1
+    assert {one[2] for one in found[True]} == {"stop", "length"}
+    assert sum(one[4] > 0 for one in found[True]) > 5

@@ -173,3 +173,21 @@ def test_shapes_are_checked():
         module.choose(np.zeros((2, 8), np.float32), [], None, 8, -1.0)
     with pytest.raises(ValueError, match="no such token"):
         module.log_probabilities(np.zeros((1, 8), np.float32), [8], [0])
+
+
+def test_the_best_scores_are_those_of_a_sort(kernels):
+    """Largest first, of equals the lower id, numbers that are none left out."""
+    generator = torch.Generator().manual_seed(3)
+    for width in (1, 63, 64, 65, 1000, 6144):
+        logits_V = (torch.randn(width, generator=generator) * 3).round() / 4
+        logits_V[5::11] = float("nan")
+        scores = logits_V.tolist()
+        right = sorted(
+            (t for t in range(width) if scores[t] == scores[t]), key=lambda t: (-scores[t], t)
+        )
+        for most in (0, 1, 32, width, width + 1):
+            ids, values = kernels.best_scores(logits_V.numpy(), width, most)
+            assert ids == right[:most]
+            assert values == [scores[t] for t in ids]
+    with pytest.raises(ValueError, match="best_scores"):
+        kernels.best_scores(logits_V.numpy(), 6145, 1)

@@ -233,7 +233,7 @@ class Engine:
         if isinstance(runner, NativeRunner):
             self._logprobs_of = native_sampler.logprobs_of
             self.lanes = Lanes(
-                runner, self.scheduler, self.policy,
+                runner, self.scheduler, self.policy, row=self._row, choose=self._choose,
                 defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             )  # fmt: skip
         self.drafter = Drafter(
@@ -343,9 +343,11 @@ class Engine:
         # Quoted: or Python would build these types anew in every step, with nothing in its caches.
         def told(
             sequence: Running, reason: "FinishReason | None", logprobs: "list[TokenLogprobs]"
-        ) -> None:
+        ) -> "FinishReason | None":
             sequence.untold += logprobs
-            events.append(tell(sequence, (), reason))
+            event = tell(sequence, (), reason)
+            events.append(event)
+            return event.finish_reason
 
         ended, due = lanes.step(told)
         # Only what follows knows tensors; a plain step goes without asking PyTorch for anything.

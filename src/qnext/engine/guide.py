@@ -9,7 +9,7 @@ Tokens are forced where nothing is left to choose: the text that ends the reason
 is used up, and a token that is the only one a mask allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -31,6 +31,10 @@ class Matcher(Protocol):
         """
         ...
 
+    def knows_mask(self) -> bool:
+        """Whether ``fill`` has nothing to find out."""
+        ...
+
     def consume(self, token: int) -> bool: ...
     def rollback(self, count: int) -> None: ...
 
@@ -38,8 +42,11 @@ class Matcher(Protocol):
         """Whether a token may follow, where it is no end token and none is forced."""
         ...
 
-    def refused_with(self, token: int) -> np.ndarray | None:
-        """Of a refused token: all that may not follow for the same reason, if that is known."""
+    def start_of(self, token: int) -> int | None:
+        """A token whose text another one begins with, if one is known: its first byte.
+
+        Where that may not follow, neither may the other.
+        """
         ...
 
     def may_end(self) -> bool:
@@ -54,8 +61,8 @@ class Matcher(Protocol):
         """Whether it could be that one token only may follow: quickly said, never wrongly no."""
         ...
 
-    def certain(self) -> tuple[int, ...]:
-        """Tokens that follow for certain, as far as that is quickly said."""
+    def certain(self) -> tuple[int, ...] | None:
+        """Tokens that follow for certain; none where more than one may follow, None if unknown."""
         ...
 
 
@@ -190,28 +197,43 @@ class Guide:
 
     def says(self, token: int, drafts: Sequence[int] = ()) -> bool | None:
         """``allows`` where it can be said without a mask; else None."""
+        return self._said(token, self._triable(drafts))
+
+    def tester(
+        self, drafts: Sequence[int] = ()
+    ) -> tuple[Callable[[int], bool | None], Callable[[int], int | None]]:
+        """For many tokens in one place: ``says``; and a token that another may not follow without.
+
+        Where that is refused, the other would be, too; None if none is known.
+        """
+        frame = self._triable(drafts)
+        if frame is None or not frame.is_strict or frame.ruling is None:
+            return lambda token: self._said(token, frame), lambda token: None
+        accepts, start_of, special = frame.ruling.accepts, frame.ruling.start_of, self._special
+        return (
+            lambda token: self._said(token, frame) if token in special else accepts(token),
+            lambda token: None if token in special else start_of(token),
+        )
+
+    def _triable(self, drafts: Sequence[int]) -> Frame | None:
+        """Where tokens can be tried; the grammars are there then."""
         frame = self._settled(drafts)
         if not frame.is_open or frame.has_mask:
             return None
-        assert frame.ruling is not None
         if len(self._frames) > 1:
             self._shorten(len(drafts) + 1)
+        return frame
+
+    def _said(self, token: int, frame: Frame | None) -> bool | None:
+        if frame is None:
+            return None
+        assert frame.ruling is not None
         if token in self._special:
             return self._ends(frame, token) and frame.ruling.may_end() if frame.is_strict else None
         if frame.ruling.accepts(token):
             return True
         # Around a grammar's text the format may allow it.
         return False if frame.is_strict else None
-
-    def refused_with(self, token: int, drafts: Sequence[int]) -> np.ndarray | None:
-        """Tokens that may not follow either, where ``says`` has just refused one; None if unknown.
-
-        int64 ids, ascending.
-        """
-        frame = self._at(drafts)
-        if frame.ruling is None or not frame.is_strict or token in self._special:
-            return None
-        return frame.ruling.refused_with(token)
 
     def valid(self, drafts: Sequence[int]) -> int:
         """How many of the drafts could be chosen, before one that cannot."""
@@ -347,13 +369,14 @@ class Guide:
         Behind it the grammars move on.
         """
         matcher = frame.ruling
-        if matcher is not None and not matcher.may_be_forced():
+        if matcher is not None and not matcher.knows_mask() and not matcher.may_be_forced():
             frame.is_open = True
         else:
-            if matcher is not None and frame.is_strict:
-                frame.certain = matcher.certain()
-            if not frame.certain:
+            certain = matcher.certain() if matcher is not None and frame.is_strict else None
+            if certain is None:
                 self._mask(frame)
+            else:
+                frame.certain, frame.is_open = certain, not certain
         frame.is_settled = True
 
     def _only(self, frame: Frame) -> int | None:

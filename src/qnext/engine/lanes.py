@@ -14,20 +14,25 @@ up to a fiftieth of a second.
 from collections.abc import Callable
 from time import perf_counter
 
-from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, follow, is_far_behind
+import numpy as np
+
+from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, RowOf, follow, is_far_behind
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
+from qnext.engine.ruled import Choose, Ruled, choose_again, mask_before, may_try
 from qnext.engine.scheduler import Scheduler
 from qnext.engine.sequence import Sequence as Running
 from qnext.engine.speculative import DraftPolicy
+from qnext.engine.telling import force, step_on
 
 MOST_ROUNDS = 8
 """Steps between two looks of Python, if they take no longer than ``native_runner.WITHIN_S``."""
 REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
-Told = Callable[[Running, FinishReason | None, list[TokenLogprobs]], None]
-"""Takes what a sequence got in a step, beside the tokens its output ends with now."""
+Told = Callable[[Running, FinishReason | None, list[TokenLogprobs]], FinishReason | None]
+"""Takes what a sequence got in a step, beside the tokens its output ends with now; whether it has
+ended, and why."""
 
 
 class Lanes:
@@ -39,10 +44,13 @@ class Lanes:
         scheduler: Scheduler,
         policy: DraftPolicy,
         *,
+        row: RowOf,
+        choose: Choose,
         defined_ids: int,
         tie_bound: float | None,
     ) -> None:
         self.runner, self.scheduler, self.policy = runner, scheduler, policy
+        self._row, self._choose, self._bound = row, choose, tie_bound
         self.defined_ids = defined_ids
         self.tie_bound = -1.0 if tie_bound is None else tie_bound
         self._looked = 0
@@ -63,7 +71,7 @@ class Lanes:
             length = len(s.request.prompt_ids) + output
             if not output or length - s.done != 1 or s.plants:
                 return False
-            if s.guide is not None or s.request.watch is not None:
+            if s.request.watch is not None or (s.guide is not None and not _is_plain(s)):
                 return False
             last = len(s.request.prompt_ids) + s.max_tokens
             if len(s.pages) * page < min(length + ahead, last):
@@ -81,14 +89,16 @@ class Lanes:
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
         limit, wanted, native, started = policy.limit, 0, 0, 0.0
-        if policy.quiet and len(running) in policy.quiet_sizes[False]:
+        ruled = any(s.guide is not None for s in running)
+        if policy.quiet and len(running) in policy.quiet_sizes[ruled]:
             # From here on this is a step of an engine that never drafts.
             policy.quiet -= 1
             limit = 0
         if limit:
-            wanted = self._ask(running)
+            wanted = self._ask(running, ruled)
             follow(runner, policy, self.scheduler.running)
-            native = wanted if wanted and not runner.is_behind(running) else 0
+            # Under rules drafts are made step by step, elsewhere.
+            native = wanted if wanted and not ruled and not runner.is_behind(running) else 0
             if policy.quiet and not any(s.drafts for s in running):
                 limit = 0  # a rest begins, or goes on for another batch size
             elif policy.is_auto:
@@ -101,6 +111,10 @@ class Lanes:
             lanes.append(lane)
             if s.request.params.logprobs is not None:
                 want_logits = True
+        masks = None
+        if ruled:
+            # A choice may have to be made again.
+            want_logits, masks = True, [_mask_of(s) for s in running]
         rounds = 1
         # Where drafting is being weighed, every step is measured.
         if not want_logits and (not limit or (native == wanted and not policy.is_auto)):
@@ -109,7 +123,7 @@ class Lanes:
                 rounds = min(rounds, 1 + policy.quiet)
         found, logits = runner.advance(
             running, lanes, wanted=native, defined_ids=self.defined_ids, tie_bound=self.tie_bound,
-            least_share=policy.least_share, want_logits=want_logits, rounds=rounds,
+            least_share=policy.least_share, want_logits=want_logits, rounds=rounds, masks=masks,
         )  # fmt: skip
         if policy.quiet:
             policy.quiet -= runner.rounds - 1
@@ -119,6 +133,10 @@ class Lanes:
             count = len(tokens)
             s.done += count
             s.ran += count
+            reason = REASONS[why]
+            if s.guide is not None:
+                assert runner.logits is not None
+                close, reason = self._rule(s, tokens, close, runner.logits, row)
             if close:
                 first = len(s.output_ids) - count
                 s.near_ties += [first + place for place in close]
@@ -137,18 +155,18 @@ class Lanes:
                         policy.note(s.request.id, tried, accepted)
             row += 1
             s.drafts = drafts
-            reason = REASONS[why]
             counts = s.counts
             for token in tokens:
                 counts[token] = counts.get(token, 0) + 1
-            told(s, reason, logprobs)
-            if reason is not None:
+            if s.guide is not None and reason is None:
+                force(s)
+            if told(s, reason, logprobs) is not None:
                 ended.append(s)
         if limit:
             drafting_s = runner.seconds[2]
             if policy.is_auto and len(drafted) == 1:
                 seconds = perf_counter() - started - drafting_s
-                policy.verified(len(running), drafted.pop(), seconds)
+                policy.verified(len(running), drafted.pop(), seconds, ruled=ruled)
             elif policy.is_auto:
                 policy.mixed()
             if native and policy.is_auto:
@@ -165,18 +183,45 @@ class Lanes:
             most = min(most, 1 + max(room - 2 * drafts, 0) // (1 + drafts))
         return most
 
-    def _ask(self, running: list[Running]) -> int:
+    def _rule(
+        self, s: Running, tokens: list[int], close: list[int], logits: np.ndarray, row: int
+    ) -> tuple[list[int], FinishReason | None]:
+        """Hold the token just chosen against the rules of its sequence, which go on with it.
+
+        It was chosen from row ``row`` of logits [R, V]; it may become another one, in ``tokens``
+        too. Returns near-ties, and why the answer ends.
+        """
+        guide, [token] = s.guide, tokens
+        assert guide is not None
+        if guide.can_try() and (close or not guide.allows(token)):
+            s.output_ids.pop()
+            again, rivals = choose_again(
+                self._choose, logits[row], self._row(s, ()), Ruled(guide, (), None),
+                refused=None if close else token, defined_ids=self.defined_ids,
+                tie_bound=self._bound,
+            )  # fmt: skip
+            s.output_ids.append(again)
+            if again != token:
+                s.lane.choose_instead(again)
+                token = tokens[0] = again
+            close = [0] if rivals else []
+        if guide.has_no_choice:
+            # It counts as forced, however it was found.
+            s.forced.append(len(s.output_ids) - 1)
+        return close, step_on(s, token, after=len(s.output_ids))
+
+    def _ask(self, running: list[Running], ruled: bool) -> int:
         """Drafts for the next step."""
         policy = self.policy
-        wanted = policy.held(len(running))
+        wanted = policy.held(len(running), ruled=ruled)
         if wanted == 0:
-            policy.rest_quietly(len(running))
+            policy.rest_quietly(len(running), ruled=ruled)
             return 0
         if wanted is None or (policy.is_auto and self.runner.is_behind(running)):
             # Other sequences than the ones it was chosen for, perhaps, and far behind.
             behind = sum([s.done + 1 - s.mtp_len for s in running])
             if wanted is None or behind > FRESH_ROWS * len(running):
-                wanted = policy.choose([s.request.id for s in running], behind=behind)
+                wanted = policy.choose([s.request.id for s in running], behind=behind, ruled=ruled)
         return wanted
 
     def _somebody_is_far_behind(self) -> bool:
@@ -185,3 +230,13 @@ class Lanes:
         if self._looked or not self.runner.keeps_rows:
             return False
         return any(is_far_behind(s) for s in self.scheduler.running)
+
+
+def _is_plain(s: Running) -> bool:
+    """Whether a sequence with rules has no drafts, and mostly needs no mask before a choice."""
+    return not s.drafts and s.ends is None and may_try(s.request.params)
+
+
+def _mask_of(s: Running) -> np.ndarray | None:
+    mask = mask_before(s.guide, (), s.request.params)
+    return None if mask is None else mask.view(np.int32)

@@ -69,6 +69,8 @@ class NativeRunner(Runner):
         """Of the last ``advance``: its forwards, choosing tokens, drafting."""
         self.rounds = 0
         """Steps that the last ``advance`` ran."""
+        self.logits: np.ndarray | None = None
+        """Of the last ``advance``, if it was asked for them; float32 [R, V]."""
         # Hidden rows [B, D] of the last steps, each of one token of these slots. Most are dropped
         # unread, so they are told apart when they are read.
         self._backlog: dict[int, list[Any]]
@@ -183,14 +185,17 @@ class NativeRunner(Runner):
         least_share: float,
         want_logits: bool,
         rounds: int = 1,
+        masks: Sequence[np.ndarray | None] | None = None,
     ) -> tuple[list[Any], Tensor | None]:
         """``forward``, the choice of tokens, ``keep``, and with ``wanted`` up to so many drafts.
 
         As many times as ``rounds`` in a row, within ``WITHIN_S``, as long as no sequence ends, if
-        nobody wants hidden rows or logits. Adds the tokens to ``output_ids``. Returns for each
-        sequence (tokens, drafts of each step as (all, tried, accepted), places of near-ties, reason
-        to end, drafts, whether the MTP layer has read the last step's tokens, how many those are,
-        how many of them are not in the state yet), and on demand the logits of all rows.
+        nobody wants hidden rows or logits. ``masks`` are those of sequences without drafts, int32
+        words as in ``SampleRow.mask``, for one round. Adds the tokens to ``output_ids``. Returns
+        for each sequence (tokens, drafts of each step as (all, tried, accepted), places of
+        near-ties, reason to end, drafts, whether the MTP layer has read the last step's tokens, how
+        many those are, how many of them are not in the state yet), and on demand the logits of all
+        rows.
         """
         self._own_backlog()
         self._step_rows = 0
@@ -222,6 +227,7 @@ class NativeRunner(Runner):
             starts,
             kept,
             drafts,
+            masks,
             wanted,
             hidden,
             logits,
@@ -232,7 +238,7 @@ class NativeRunner(Runner):
             rounds,
             WITHIN_S,
         )
-        self.seconds = tuple(seconds)
+        self.seconds, self.logits = tuple(seconds), logits
         self.rounds = len(found[0][1])
         row, is_plain = 0, rows == len(running) and not wanted
         if is_plain and self.keeps_rows:

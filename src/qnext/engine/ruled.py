@@ -7,12 +7,15 @@ alone, since the noise of a token does not depend on the others. It does not hol
 whose reach depends on what it is given: ``top_k``, ``top_p`` and ``min_p`` need the mask first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from qnext import native
+from qnext.engine import native_sampler
 from qnext.engine.guide import Guide
 from qnext.engine.request import SamplingParams
 from qnext.engine.sampler import SampleRow
@@ -20,8 +23,8 @@ from qnext.engine.sampler import SampleRow
 TRIES = 20
 """Tokens tried in the order of their scores before the mask is found after all, which takes so long
 behind a forward: it walks through the whole vocabulary, and nothing of that is in a cache."""
-FEW_TRIES = 2
-"""After so many refusals whatever begins like a refused token is left out with it."""
+RANKED = 32
+"""Tokens that are brought into this order."""
 
 
 class Choose(Protocol):
@@ -75,7 +78,7 @@ def _is_plain(row: SampleRow) -> bool:
 
 
 def _best_allowed(
-    scores_V: np.ndarray,
+    ranked: Iterable[tuple[int, float]],
     guide: Guide,
     drafts: Sequence[int],
     tie_bound: float | None,
@@ -83,42 +86,66 @@ def _best_allowed(
 ) -> tuple[int, tuple[int, ...]] | None:
     """The largest allowed score and a rival of it, tried in order; None if that takes too long.
 
-    Of equal scores the lower id comes first, as everywhere. ``refused`` is the first of them, if
-    that is known not to be allowed.
+    ``ranked`` are tokens and float32 scores, largest first, of equals the lower id, as everywhere.
+    ``refused`` is the first of them, if that is known not to be allowed.
     """
-    left_V, best, least = scores_V.copy(), None, np.float32(0.0)
-    refusals = 0
-    if refused is not None:
-        left_V[refused], refusals = -np.inf, 1
-    for _ in range(TRIES):
-        token = int(left_V.argmax())
-        score = left_V[token]
+    says, start_of = guide.tester(drafts)
+    best, least = None, np.float32(0.0)
+    tries, some_refused = 0, refused is not None
+    fine: set[int] = set()
+    barred: set[int] = set()
+    for token, score in ranked:
         if best is not None and not score >= least:
             return best, ()
-        said = guide.says(token, drafts)
+        if token == refused:
+            continue
+        # After a refusal the first byte is tried first: it mostly says enough about many others.
+        start = start_of(token) if some_refused else None
+        if start is not None and start != token and start not in fine:
+            if start in barred:
+                continue
+            tries += 1
+            if says(start):
+                fine.add(start)
+            else:
+                barred.add(start)
+                continue
+        if tries >= TRIES:
+            return None
+        tries += 1
+        said = says(token)
         if said is None:
             return None
-        if said and best is not None:
-            return best, (token,)
-        if said:
-            best = token
-            if tie_bound is None:
-                return best, ()
-            least = score - max(abs(score), np.float32(1.0)) * np.float32(tie_bound)
-        left_V[token] = -np.inf
         if not said:
-            refusals += 1
-            alike = guide.refused_with(token, drafts) if refusals >= FEW_TRIES else None
-            if alike is not None:
-                if alike[-1] >= len(left_V):
-                    alike = alike[alike < len(left_V)]
-                left_V[alike] = -np.inf
+            some_refused = True
+        elif best is not None:
+            return best, (token,)
+        elif tie_bound is None:
+            return token, ()
+        else:
+            best, top = token, np.float32(score)
+            least = top - max(abs(top), np.float32(1.0)) * np.float32(tie_bound)
     return None
+
+
+def ranked(
+    logits_V: np.ndarray, *, defined_ids: int, most: int = RANKED
+) -> Iterable[tuple[int, float]]:
+    """The best tokens and their scores, largest first, of equals the lower id; float32 logits."""
+    if native.unfit() is None:
+        return native_sampler.ranked(logits_V, defined_ids=defined_ids, most=most)
+    scores_V = logits_V[:defined_ids]
+    least = -np.inf
+    if most < len(scores_V):
+        least = np.partition(scores_V, len(scores_V) - most)[len(scores_V) - most]
+    ids = np.flatnonzero(scores_V >= least)
+    ids = ids[np.argsort(-scores_V[ids], kind="stable")][:most]
+    return zip(ids.tolist(), scores_V[ids].tolist(), strict=True)
 
 
 def choose_again(
     choose: Choose,
-    logits_V: Tensor,
+    logits_V: Tensor | np.ndarray,
     row: SampleRow,
     rules: Ruled,
     *,
@@ -126,14 +153,21 @@ def choose_again(
     defined_ids: int,
     tie_bound: float | None,
 ) -> tuple[int, object]:
-    """Token and rivals of a row whose first choice is ``refused``, or may be a near-tie (None)."""
+    """Token and rivals of a row whose first choice is ``refused``, or may be a near-tie (None).
+
+    Logits as a float32 array are looked at without PyTorch, which takes long to begin.
+    """
     guide, drafts, _ = rules
-    if logits_V.device.type == "cpu" and _is_plain(row):
-        scores_V = logits_V.float().numpy()[:defined_ids]
-        best = _best_allowed(scores_V, guide, drafts, tie_bound, refused)
+    is_array = isinstance(logits_V, np.ndarray)
+    if _is_plain(row) and (is_array or logits_V.device.type == "cpu"):
+        array_V = logits_V if is_array else logits_V.float().numpy()
+        some = ranked(array_V, defined_ids=defined_ids)
+        best = _best_allowed(some, guide, drafts, tie_bound, refused)
         if best is not None:
             return best
     row.mask = guide.mask(drafts)
+    if isinstance(logits_V, np.ndarray):
+        logits_V = torch.from_numpy(logits_V)
     [token], [others] = choose(logits_V[None], [row], defined_ids=defined_ids, tie_bound=tie_bound)
     return token, others
 

@@ -54,6 +54,9 @@ MEASURED = 24
 """Steps at the end of a rest that are measured."""
 UNKNOWN = 1.5
 """What a step with a draft is thought to cost where that was never measured."""
+RULED_S = 2e-4
+"""Seconds that a step with a draft takes longer at least for each sequence, where a grammar rules
+some: Python makes such drafts, and tries them. Many a small model's step is shorter than that."""
 STALE = 16384
 """Plain steps after which a cost that cannot pay may be measured again."""
 PLAIN_EVERY, PLAIN_STEPS = 512, 9
@@ -354,6 +357,10 @@ class DraftPolicy:
                 for (bucket, kind), other in self._paces.items()
                 if kind == ruled and other.knows(1)
             ]
+            if not known and ruled and pace.knows_plain:
+                guess = [1.0, UNKNOWN + RULED_S * sequences / pace.plain_s]
+                if _is_hopeless(guess):
+                    return guess
             pace = min(known)[2] if known else pace
         return pace.costs(MAX_DRAFTS)
 

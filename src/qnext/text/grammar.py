@@ -24,36 +24,27 @@ KEPT = 64
 OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 
 
-class Starts:
-    """The tokens of a vocabulary by their first byte; added tokens have no place here."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        added = set(tokenizer.added_tokens.values())
-        holes = set(tokenizer.undefined_ids(tokenizer.id_limit))
-        by_byte: dict[int, list[int]] = {}
-        alone: dict[int, int] = {}
-        for token in range(tokenizer.id_limit):
-            if token in added or token in holes:
-                continue
-            text = tokenizer.token_bytes(token)
-            if text:
-                by_byte.setdefault(text[0], []).append(token)
-            if len(text) == 1:
-                alone[text[0]] = token
-        self.alone: dict[int, int] = {}
-        """By token, the one that is its first byte and nothing else, if there is one."""
-        self.ids: dict[int, np.ndarray] = {}
-        """By such a token, all that begin with its byte."""
-        for byte, tokens in by_byte.items():
-            if byte in alone:
-                self.alone.update(dict.fromkeys(tokens, alone[byte]))
-                self.ids[alone[byte]] = np.array(tokens)
+def starts_of(tokenizer: Tokenizer) -> dict[int, int]:
+    """By token, the one that is its first byte and nothing else; added tokens have none."""
+    added = set(tokenizer.added_tokens.values())
+    holes = set(tokenizer.undefined_ids(tokenizer.id_limit))
+    first: dict[int, int] = {}
+    alone: dict[int, int] = {}
+    for token in range(tokenizer.id_limit):
+        if token in added or token in holes:
+            continue
+        text = tokenizer.token_bytes(token)
+        if text:
+            first[token] = text[0]
+        if len(text) == 1:
+            alone[text[0]] = token
+    return {token: alone[byte] for token, byte in first.items() if byte in alone}
 
 
 class CompiledGrammar:
     """A grammar that is ready to begin; beginning is cheap."""
 
-    def __init__(self, prototype: Any, vocab_size: int, starts: Starts) -> None:
+    def __init__(self, prototype: Any, vocab_size: int, starts: Mapping[int, int]) -> None:
         self._prototype, self._starts = prototype, starts
         self._first = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         # Every answer begins with this mask; what the library learns by finding it is copied, too.
@@ -69,7 +60,9 @@ class CompiledGrammar:
 class GrammarMatcher:
     """A grammar in the middle of a text."""
 
-    def __init__(self, matcher: Any, starts: Starts, first: np.ndarray | None = None) -> None:
+    def __init__(
+        self, matcher: Any, starts: Mapping[int, int], first: np.ndarray | None = None
+    ) -> None:
         """``first`` is the mask before the first token, if it is known."""
         self._matcher, self._starts, self._first = matcher, starts, first
 
@@ -87,6 +80,10 @@ class GrammarMatcher:
         self._matcher.unsafe_compute_mask_ptr(address, words.nbytes)
         return self._matcher.get_error() or None
 
+    def knows_mask(self) -> bool:
+        """Whether ``fill`` has nothing to find out: before the first token."""
+        return self._first is not None
+
     def consume(self, token: int) -> bool:
         """Go on with a token; False if it may not follow."""
         self._first = None
@@ -100,12 +97,9 @@ class GrammarMatcher:
         """Whether one token only may follow: then the next byte is certain, or it ends here."""
         return bool(self._matcher.compute_ff_bytes()) or self._matcher.is_stopped()
 
-    def refused_with(self, token: int) -> np.ndarray | None:
-        """Tokens that may not follow because their first byte may not, a refused one's; or None."""
-        alone = self._starts.alone.get(token)
-        if alone is None or (alone != token and self.accepts(alone)):
-            return None
-        return self._starts.ids[alone]
+    def start_of(self, token: int) -> int | None:
+        """The token that is the first byte of another one and nothing else, if there is one."""
+        return self._starts.get(token)
 
     def may_end(self) -> bool:
         """Whether the text is complete where it stands."""
@@ -115,9 +109,13 @@ class GrammarMatcher:
         """Whether the text is complete and cannot go on."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def certain(self) -> tuple[int, ...]:
-        """Tokens that follow for certain, each the only one of its mask; not always all."""
-        return tuple(self._matcher.compute_ff_tokens())
+    def certain(self) -> tuple[int, ...] | None:
+        """Tokens that follow for certain, each the only one of its mask; not always all.
+
+        None where the text ends. No token follows a certain text for certain only where another one
+        reaches beyond that text: the library drops what may be spelled in more than one way.
+        """
+        return None if self._matcher.is_stopped() else tuple(self._matcher.compute_ff_tokens())
 
     def rollback(self, count: int) -> None:
         """Undo the last ``count`` tokens."""
@@ -145,7 +143,7 @@ class GrammarCompiler:
                 "none: set eos_token_id in generation_config.json."
             )
         self._library = llguidance
-        self._vocab_size, self._starts = vocab_size, Starts(tokenizer)
+        self._vocab_size, self._starts = vocab_size, starts_of(tokenizer)
         self._vocabulary = llguidance.LLTokenizer(
             tokenizer.serialized(), n_vocab=vocab_size, eos_token=list(end_ids)
         )
