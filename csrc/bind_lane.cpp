@@ -174,8 +174,8 @@ void bind_lane(nb::module_& m) {
         nb::arg("defined"), nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
         nb::arg("rounds") = 1, nb::arg("within") = 0.0,
         "A step of lanes that decode, with choosing, accepting and drafting; up to `rounds` in a "
-        "row, as far as they fit into `within` seconds. masks: None, or for each lane None or int32 "
-        "words with a bit for every allowed token; then there are no drafts, and one round.");
+        "row, as far as they fit into `within` seconds. masks: None, or for each lane None or "
+        "int32 words with a bit for every allowed token; then there are no drafts, and one round.");
   m.def("propose", &propose, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
         nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"), nb::arg("invariant"),
