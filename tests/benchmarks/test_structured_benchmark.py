@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from benchmarks import structured
-from qnext import LLM
+from qnext import LLM, native
 from qnext.engine.guide import Guide
 
 pytest.importorskip("llguidance")
@@ -25,7 +25,8 @@ def test_every_part_is_measured(tiny_folder, args, monkeypatch):
     llm = LLM(tiny_folder, memory="8MiB", max_num_seqs=1)
     masks, speed = structured.mask_rows(llm, args), structured.speed_rows(llm, args)
     assert [row["what"] for row in masks] == [
-        f"Masks, batch {batch}{way}" for batch in (1, 4) for way in structured.WAYS
+        *(f"Masks, batch {batch}{way}" for batch in (1, 4) for way in structured.WAYS),
+        *(f"Masks, batch {batch}, PyTorch" for batch in (1, 4) if native.unfit() is None),
     ]
     assert {row["met"] for row in masks + speed} <= {"yes", "no"}
     assert [row["what"] for row in speed] == [
