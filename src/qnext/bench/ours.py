@@ -195,6 +195,7 @@ class OurSession:
             [cache.length(slot) for slot in self._slots],
             [cache.kept[slot] for slot in self._slots],
             [own[1:] for own in ids],
+            None,
             0,
             hidden,
             None,
