@@ -74,6 +74,11 @@ def _case(reports: Mapping[str, Report], part: str, case: str) -> Report | None:
     return None
 
 
+def _share_case(reports: Mapping[str, Report], part: str, case: str) -> Report | None:
+    """Shares are those measured alone, where there are any."""
+    return _case(reports, f"{part}_alone", case) or _case(reports, part, case)
+
+
 def _row(what: str, conditions: str, *, head: bool) -> Rows:
     return {
         "what": what,
@@ -109,7 +114,7 @@ def _share(
 ) -> Rows:
     row = _row(f"{_name(part)} {case}, share of the limit", "", head=head)
     row["goal"] = _goal(goal, least, "{:.0%}", "at least")
-    found = _case(reports, part, case)
+    found = _share_case(reports, part, case)
     if found is None:
         return row
     share = found["limit_share"]
@@ -172,7 +177,7 @@ def _equal_bytes(reports: Mapping[str, Report], part: str, case: str, goal: floa
 def _verify(reports: Mapping[str, Report], case: str) -> Rows:
     row = _row(f"int4 {case}, times the time its bytes need", "", head=case == "verify 3")
     row["goal"] = _goal(1.12, None, "{:.2f}", "at most")
-    found = _case(reports, "int4", case)
+    found = _share_case(reports, "int4", case)
     if found is None:
         return row
     times = 1 / found["bandwidth_share"]
@@ -180,7 +185,7 @@ def _verify(reports: Mapping[str, Report], case: str) -> Rows:
     row["conditions"] = (
         f"{found['milliseconds_per_step']['median']:.3g} ms, "
         f"{found['bytes_per_step'] / 1e6:.1f} MB a step, "
-        f"{found['experts_per_step']:g} experts in all layers"
+        f"{found['experts_per_step']:g} experts in all layers; {found['repetitions']} repetitions"
     )
     return _judged(row, times, 1.12, None, low=True)
 

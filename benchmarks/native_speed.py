@@ -56,6 +56,9 @@ BITS = {"int4": 4, "int8": 8, "bf16": 16}
 SHAPES = {"M": {"layers": 4}, "S": {"layers": 8, "experts": 64}}
 VOCABULARY = 32768
 CONTEXTS = (0, 4096, 32768)
+ALONE_REPETITIONS = 31
+"""Of shares of the limit, which scatter with the bandwidth by a tenth; without peers they take a
+second each."""
 LLAMA = {"int4": ("Q4_0", "Q4_K_M"), "int8": ("Q8_0",), "bf16": ()}
 ISA_LEVELS = ("avx2", "avx2vnni")
 KERNEL_ROWS = (1, 4, 8, 16, 64, 512)
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="int4 alone, few repetitions")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench")
-    parser.add_argument("--only", nargs="+", choices=(*BITS, "isa", "transformers"))
+    parser.add_argument("--only", nargs="+", choices=(*BITS, "isa", "transformers", "alone"))
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--avx2-llama", type=Path, metavar="DIR")
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -94,9 +97,11 @@ def _parts_of(name: str, args: argparse.Namespace) -> list[str]:
         return [] if args.without_peers else ["transformers_m", "transformers_s"]
     if name == "isa":
         return ["int4_isa"]
-    if name == "int4" and not args.quick:
-        return ["int4", "int4_isa", "int4_kernels"]
-    return [name]
+    if name == "alone":
+        return [f"{one}_alone" for one in BITS]
+    if args.quick:
+        return [name]
+    return [name, f"{name}_alone", *(["int4_isa", "int4_kernels"] if name == "int4" else [])]
 
 
 def _in_a_process(part: str, args: argparse.Namespace) -> Any:
@@ -136,6 +141,9 @@ def _prepare(args: argparse.Namespace, wanted: Sequence[str]) -> None:
     for name in wanted:
         if name in BITS:
             _folder(args.work, args.shape, name)
+        elif name == "alone":
+            for one in BITS:
+                _folder(args.work, args.shape, one)
         elif not args.without_peers:
             for shape in (args.shape, "S"):
                 _folder(args.work, shape, "int4")
@@ -196,6 +204,24 @@ def _measure_format(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "start": measure_start(folder, threads=args.threads),
         "machine": machine_report(machine_now.seen),
     }
+
+
+def _alone(name: str) -> Callable[[argparse.Namespace], Any]:
+    return lambda args: _measure_alone(name, args)
+
+
+def _measure_alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Shares of the limit without anybody in between, and with more repetitions."""
+    subject = Subject(_folder(args.work, args.shape, name), threads=args.threads)
+    machine_now, contexts = Machine(), CONTEXTS[:1] if name == "bf16" else CONTEXTS
+    cases = [Case(kind="decode", context=n, steps=STEPS) for n in contexts]
+    if name != "bf16":
+        counts = (8, 16) if name == "int4" else (8,)
+        cases += [Case(kind="batch", sequences=n, steps=STEPS) for n in counts]
+    if name == "int4":
+        cases += [Case(kind="verify", rows=3, context=n, steps=STEPS) for n in CONTEXTS[:2]]
+    rows = measure(subject, cases, repetitions=ALONE_REPETITIONS, machine=machine_now)
+    return {**_head(subject), "cases": rows, "machine": machine_report(machine_now.seen)}
 
 
 def _few(args: argparse.Namespace, all_of_them: int, quick: int) -> int:
@@ -287,6 +313,7 @@ def _against_transformers(shape: str) -> Callable[[argparse.Namespace], Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     **{name: _format(name) for name in BITS},
+    **{f"{name}_alone": _alone(name) for name in BITS},
     "int4_isa": _measure_isa_levels,
     "int4_kernels": _measure_kernels,
     "transformers_m": _against_transformers("M"),

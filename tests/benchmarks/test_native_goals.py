@@ -56,6 +56,16 @@ def test_a_share_is_held_against_goal_and_least(share, met):
     assert row["value"].startswith(f"{share:.1%}")
 
 
+def test_a_share_measured_alone_is_the_one_that_counts():
+    raced, alone = ({"cases": [_case("batch 8", share)]} for share in (0.7, 0.9))
+    more = {"rollback_share": _spread(0.0), "outside_kernels_share": 0.0}
+    start = {"start": {"peak_share": 1.0, "first_token_seconds": 1.0}}
+    reports = {"int4": {**raced, **more, **start}, "int4_alone": alone}
+    rows = {row["what"]: row for row in native_goals.rows_of(reports)}
+    assert rows["int4 batch 8, share of the limit"]["value"].startswith("90.0%")
+    assert rows["int4 batch 8, times as fast as llama.cpp"]["value"] == "not measured"
+
+
 def test_a_ratio_is_that_to_the_best_of_the_peers():
     rows = _rows([_case("decode at 4096", 0.9, {"fast": 1.6, "slow": 3.0})])
     row = rows["int4 decode at 4096, times as fast as llama.cpp"]
