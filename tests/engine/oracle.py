@@ -66,14 +66,18 @@ class NativeOracle(Known, NativeRunner):
         ]
 
     def advance(self, running, lanes, **options):
+        # Known drafts come from here, so every step comes back for them.
+        options["rounds"] = 1
         found, logits = super().advance(running, lanes, **options)
         known = []
-        for sequence, (tokens, *rest, _, has_read) in zip(running, found, strict=True):
+        for sequence, (tokens, *before, _, has_read, last, pending) in zip(
+            running, found, strict=True
+        ):
             room = sequence.max_tokens - len(sequence.output_ids) - 1
             count = min(options["wanted"], room) if has_read else 0
             next_one = sequence.done + len(tokens) + 1
             guesses = [self.guess(sequence.slot, next_one + i) for i in range(count)]
-            known.append((tokens, *rest, guesses, has_read))
+            known.append((tokens, *before, guesses, has_read, last, pending))
         return known, logits
 
 

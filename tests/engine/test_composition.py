@@ -320,9 +320,9 @@ def rejected_drafts_stay_in_the_state(patch):
 
     advance = DeferredCache.advance
 
-    def all_of_it(self, slot, count, *, speculative):
-        advance(self, slot, count, speculative=speculative)
-        if speculative:
+    def all_of_it(self, slot, count, pending):
+        advance(self, slot, count, pending)
+        if pending:
             self.kept[slot] = min(self.kept[slot] + 1, self.most_pending)
 
     patch.setattr(DeferredCache, "keep", everything)
@@ -345,8 +345,8 @@ def the_last_accepted_token_is_not_applied(patch):
 
     advance = DeferredCache.advance
 
-    def less_one(self, slot, count, *, speculative):
-        advance(self, slot, count, speculative=speculative)
+    def less_one(self, slot, count, pending):
+        advance(self, slot, count, pending)
         self.kept[slot] = max(self.kept[slot] - 1, 0)
 
     patch.setattr(DeferredCache, "keep", all_but_one)
@@ -388,8 +388,8 @@ def windows_of_accepted_drafts_are_lost(patch):
 
     advance = DeferredCache.advance
 
-    def lost(self, slot, count, *, speculative):
-        advance(self, slot, count, speculative=speculative)
+    def lost(self, slot, count, pending):
+        advance(self, slot, count, pending)
         self.pending_window.zero_()
 
     patch.setattr(DeferredCache, "begin", without)

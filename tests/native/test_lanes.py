@@ -121,14 +121,16 @@ def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
 def test_steps_follow_each_other_in_one_call_as_long_as_time_allows(model, drafts, monkeypatch):
     """What comes in between waits for the time allowed and no longer; answers are the same."""
 
-    def answer(seconds):
+    def answer(seconds, **wish):
         monkeypatch.setattr(native_runner, "WITHIN_S", seconds)
         engine = Engine(
             model, max_num_seqs=2, memory_bytes=16 << 20, speculative_tokens=drafts,
             batch_invariant=True,
         )  # fmt: skip
         for name, stop in (("a", ()), ("b", (77,))):
-            params = SamplingParams(max_tokens=150, seed=1, ignore_eos=True, stop_token_ids=stop)
+            params = SamplingParams(
+                max_tokens=150, seed=1, ignore_eos=True, stop_token_ids=stop, **wish
+            )
             engine.add(Request(id=name, prompt_ids=(5, 6, 7, ord(name)), params=params))
         found, most = {"a": [], "b": []}, 0
         while engine.has_work:
@@ -140,6 +142,10 @@ def test_steps_follow_each_other_in_one_call_as_long_as_time_allows(model, draft
     (alone, most), (together, more) = answer(0.0), answer(60.0)
     assert together == alone
     assert most <= 1 + drafts < MOST_ROUNDS <= more
+    # Stop strings are looked for behind every step.
+    watched, most = answer(60.0, stop=("never said",))
+    assert watched == alone
+    assert most <= 1 + drafts
 
 
 def test_unlikely_drafts_are_not_made(model):

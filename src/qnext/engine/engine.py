@@ -293,7 +293,6 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one batch; returns the events of all requests that made visible progress."""
         if self.lanes is not None and not self._cancelled and self.lanes.ready():
-            self.steps += 1
             return self._run_lanes(self.lanes)
         with self.runner.alone():
             return self._step()
@@ -308,7 +307,6 @@ class Engine:
         events = [self._end(sequence, reason) for sequence, reason in gone]
         if self.lanes is not None and gone and self.lanes.ready():
             events.extend(self._run_lanes(self.lanes))
-            self.steps += 1
             return events
         items = self.scheduler.plan()
         if items:
@@ -350,6 +348,7 @@ class Engine:
             return event.finish_reason
 
         ended, due = lanes.step(told)
+        self.steps += lanes.runner.rounds
         # Only what follows knows tensors; a plain step goes without asking PyTorch for anything.
         if due is not None or ended:
             with self.runner.alone():

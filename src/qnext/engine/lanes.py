@@ -89,11 +89,12 @@ class Lanes:
         running = list(self.scheduler.running)
         runner, policy = self.runner, self.policy
         limit, wanted, native, started = policy.limit, 0, 0, 0.0
+        is_quiet = False
         ruled = any(s.guide is not None for s in running)
         if policy.quiet and len(running) in policy.quiet_sizes[ruled]:
             # From here on this is a step of an engine that never drafts.
             policy.quiet -= 1
-            limit = 0
+            limit, is_quiet = 0, True
         if limit:
             wanted = self._ask(running, ruled)
             follow(runner, policy, self.scheduler.running)
@@ -103,29 +104,34 @@ class Lanes:
                 limit = 0  # a rest begins, or goes on for another batch size
             elif policy.is_auto:
                 started = perf_counter()
-        lanes, want_logits = [], False
+        lanes, want_logits, may_stop = [], False, False
         for s in running:
             lane = s.lane
             if lane is None or s.lane_pages != len(s.pages):
                 lane = runner.lane_of(s)
             lanes.append(lane)
-            if s.request.params.logprobs is not None:
+            params = s.request.params
+            if params.logprobs is not None:
                 want_logits = True
+            if params.stop:
+                may_stop = True
         masks = None
         if ruled:
             # A choice may have to be made again.
             want_logits, masks = True, [_mask_of(s) for s in running]
         rounds = 1
-        # Where drafting is being weighed, every step is measured.
-        if not want_logits and (not limit or (native == wanted and not policy.is_auto)):
+        # Where drafting is being weighed, every step is measured. Stop strings are looked for in the
+        # text of every step, so that a snapshot of the end does not lie behind them.
+        may_go_on = not limit or (native == wanted and not policy.is_auto)
+        if may_go_on and not want_logits and not may_stop:
             rounds = self._rounds(running, native)
-            if policy.quiet:
+            if is_quiet:
                 rounds = min(rounds, 1 + policy.quiet)
         found, logits = runner.advance(
             running, lanes, wanted=native, defined_ids=self.defined_ids, tie_bound=self.tie_bound,
             least_share=policy.least_share, want_logits=want_logits, rounds=rounds, masks=masks,
         )  # fmt: skip
-        if policy.quiet:
+        if is_quiet:
             policy.quiet -= runner.rounds - 1
         drafted: set[int] = set()
         ended, row = [], 0
