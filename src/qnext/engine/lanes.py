@@ -120,8 +120,8 @@ class Lanes:
             # A choice may have to be made again.
             want_logits, masks = True, [_mask_of(s) for s in running]
         rounds = 1
-        # Where drafting is being weighed, every step is measured. Stop strings are looked for in the
-        # text of every step, so that a snapshot of the end does not lie behind them.
+        # Where drafting is being weighed, every step is measured. Stop strings are looked for in
+        # the text of every step, so that a snapshot of the end does not lie behind them.
         may_go_on = not limit or (native == wanted and not policy.is_auto)
         if may_go_on and not want_logits and not may_stop:
             rounds = self._rounds(running, native)
