@@ -18,6 +18,7 @@ from qnext import native
 from qnext.bench.cases import Case, chunks
 from qnext.config import ModelConfig
 from qnext.engine.engine import Engine
+from qnext.engine.lanes import MOST_ROUNDS
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import chooser_of
 from qnext.engine.request import Request, SamplingParams
@@ -282,16 +283,18 @@ def time_outside(subject: Subject, *, steps: int) -> float:
     """
     plain = subject.model.module
     timed = _Timed(plain)
+    # The first two steps of the engine warm up; they may be many of the model.
+    tokens = steps + 2 * MOST_ROUNDS
     subject.model.module = timed
     try:
         engine = Engine(
             subject.model,
             max_num_seqs=1,
             prefix_cache=False,
-            max_model_len=PROMPT_TOKENS + 2 * steps,
+            max_model_len=PROMPT_TOKENS + tokens + 2,
         )
         prompt = torch.randint(0, subject.config.vocab_size, (PROMPT_TOKENS,)).tolist()
-        params = SamplingParams(temperature=0.0, max_tokens=steps + 2, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         engine.add(Request(id="bench", prompt_ids=tuple(prompt), params=params))
         engine.step()
         engine.step()
