@@ -129,7 +129,7 @@ def compare(
     round, in which it begins to, is not counted.
     """
     settings = (0, *(setting for setting in settings if setting != 0))
-    engines = {setting: _engine(llm, batch, setting) for setting in settings}
+    engines = {setting: engine_of(llm, batch, setting) for setting in settings}
     cells = {setting: Cell(prompts=name, batch=batch, setting=setting) for setting in settings}
     order = random.Random(seed)
     label = f"{name}, {batch} at a time"
@@ -158,7 +158,8 @@ def compare(
     return list(cells.values())
 
 
-def _engine(llm: LLM, batch: int, setting: int | str) -> Engine:
+def engine_of(llm: LLM, batch: int, setting: int | str) -> Engine:
+    """An engine of its own for a batch, without a prefix cache."""
     return Engine(
         llm.model,
         defined_ids=llm.tokenizer.vocab_size,
@@ -172,7 +173,7 @@ def _engine(llm: LLM, batch: int, setting: int | str) -> Engine:
 
 
 def _answer(engine: Engine, llm: LLM, prompts: Sequence[Prompt], max_tokens: int) -> Answers:
-    requests = [_request(llm, prompt, max_tokens) for prompt in prompts]
+    requests = [request_of(llm, prompt, max_tokens) for prompt in prompts]
     produced: dict[str, list[int]] = {request.id: [] for request in requests}
     start = time.perf_counter()
     for request in requests:
@@ -184,7 +185,7 @@ def _answer(engine: Engine, llm: LLM, prompts: Sequence[Prompt], max_tokens: int
     return Answers(seconds=seconds, token_ids=tuple(map(tuple, produced.values())))
 
 
-def _request(llm: LLM, prompt: Prompt, max_tokens: int) -> Request:
+def request_of(llm: LLM, prompt: Prompt, max_tokens: int) -> Request:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     if isinstance(prompt, str):
         return llm.prepare_text(prompt, params)[0]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness import write_result
-from benchmarks.speculation import _engine, _request, add_rounds, parsed
+from benchmarks.speculation import add_rounds, engine_of, parsed, request_of
 from benchmarks.speculation_prompts import CLASSES, Prompt
 from qnext import LLM
 from qnext.engine.engine import Engine
@@ -47,7 +47,7 @@ def measure(
 
     RequestError if the native kernels do not run the model, or no step had so many drafts.
     """
-    engines = {drafts: _engine(llm, batch, drafts) for drafts in range(MAX_DRAFTS + 1)}
+    engines = {drafts: engine_of(llm, batch, drafts) for drafts in range(MAX_DRAFTS + 1)}
     found: dict[int, list[StepTime]] = {drafts: [] for drafts in engines}
     for number in range(rounds + 1):
         chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
@@ -74,7 +74,7 @@ def _answer(
             "whose parts are measured. qnext doctor says why."
         )
     for prompt in prompts:
-        engine.add(_request(llm, prompt, max_tokens))
+        engine.add(request_of(llm, prompt, max_tokens))
     times = []
     while engine.has_work:
         running = engine.scheduler.running

@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.harness import write_result
-from benchmarks.speculation import add_rounds, interval, parsed
+from benchmarks.speculation import add_rounds, engine_of, interval, parsed
 from qnext import LLM, native
 from qnext.engine import lanes, ruled
 from qnext.engine.engine import Engine
@@ -128,7 +128,7 @@ def mask_share(
 
     They are measured in turn: a stopwatch inside another one would be counted by it.
     """
-    engine, steps = _engine(llm, batch, 0), []
+    engine, steps = engine_of(llm, batch, 0), []
     watches = {
         "rules": (
             (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"), (ruled, "choose_again"),
@@ -181,19 +181,6 @@ def compare(
         )
         for name, mine in rates.items()
     }
-
-
-def _engine(llm: LLM, batch: int, drafts: int | str) -> Engine:
-    return Engine(
-        llm.model,
-        defined_ids=llm.tokenizer.vocab_size,
-        max_num_seqs=batch,
-        max_batch_tokens=2048,
-        memory_bytes=256 << 20,
-        max_model_len=llm.max_model_len,
-        speculative_tokens=drafts,
-        prefix_cache=False,
-    )
 
 
 def _forms(llm: LLM, batch: int, number: int, max_tokens: int, **sampling: Any) -> list[Request]:
@@ -266,7 +253,7 @@ def speed_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
     rows = []
     for batch in args.batches:
         found = compare(
-            {setting: _engine(llm, batch, setting) for setting in SETTINGS},
+            {setting: engine_of(llm, batch, setting) for setting in SETTINGS},
             lambda number, batch=batch: _forms(llm, batch, number, args.tokens),
             rounds=2 * args.rounds, label=f"grammar, {batch} at a time", seed=args.seed,
         )  # fmt: skip
@@ -303,7 +290,7 @@ def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
         tokens = args.tokens if backend == "native" else max(args.tokens // 4, 8)
         for batch in args.batches:
             found = compare(
-                {is_equal: _engine(llm, batch, 0) for is_equal, llm in modes.items()},
+                {is_equal: engine_of(llm, batch, 0) for is_equal, llm in modes.items()},
                 lambda number, batch=batch, tokens=tokens, llm=modes[False]: _questions(
                     llm, batch, number, tokens
                 ),

@@ -153,6 +153,10 @@ class Decoder {
   DeltaSequence delta_sequence(const Layer& layer, int64_t slot, int64_t pending) const;
   void fill_delta_sequences(const Layer& layer, const Step& step);
   void feed_forward(const Layer& layer, const Step& step, Team& team, const Layer* next);
+  void route(const Layer& layer, const Step& step, Team& team);
+  void gate_up_of_few(const Layer& layer, int64_t rows, Team& team, const uint8_t* then);
+  void gate_up_of_many(const Layer& layer, int64_t rows, Team& team);
+  void project_down(const Layer& layer, int64_t rows, Team& team, const uint8_t* then);
   void group_by_expert(int64_t experts, int64_t rows);
   void project_back(const Layer& layer, int64_t rows, Team& team);
   void rotary_table(const Step& step, Team& team);

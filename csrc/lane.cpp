@@ -77,8 +77,7 @@ bool go_on(Round& round, int64_t wanted) {
   return true;
 }
 
-}  // namespace
-
+// One round. The rows of a turn are packed one behind the other: newest, drafts.
 void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& pool) {
   const int64_t D = decoder.shape_.hidden, V = decoder.shape_.vocabulary;
   auto start = std::chrono::steady_clock::now();
@@ -180,6 +179,8 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
   }
   round.draft_s += seconds_since(start);
 }
+
+}  // namespace
 
 void run_rounds(Decoder& decoder, Round& round, int64_t wanted, const Stretch& stretch,
                 RoundSpace& space, ThreadPool& pool) {

@@ -72,9 +72,6 @@ struct RoundSpace {
   std::vector<Bench> benches;
 };
 
-// The rows of a turn are packed one behind the other: newest, drafts.
-void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& pool);
-
 // How many rounds may follow each other before anybody looks.
 struct Stretch {
   int64_t rounds = 1;
