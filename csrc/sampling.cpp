@@ -147,6 +147,20 @@ float kth_largest(const float* x, int64_t n, int64_t k, Bench& bench) {
   return order[k - 1];
 }
 
+// The `most` best scores, 0 < most <= n, largest first, of equals the lower row; from the peaks.
+// Fewer where the rest is no number.
+int64_t rank(const float* x, int64_t n, int64_t most, int32_t* rows, float* values, Bench& bench) {
+  collect(x, n, kth_largest(x, n, most, bench), bench);
+  std::stable_sort(bench.found.begin(), bench.found.end(),
+                   [&](int32_t a, int32_t b) { return x[a] > x[b]; });
+  const int64_t count = std::min(most, static_cast<int64_t>(bench.found.size()));
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = bench.found[i];
+    values[i] = x[bench.found[i]];
+  }
+  return count;
+}
+
 Choice largest(const float* x, const Scores& s, float top, float tie_bound, Bench& bench) {
   const float slack = tie_bound < 0.0f ? 0.0f : std::max(std::fabs(top), 1.0f) * tie_bound;
   collect(x, s.n, top - slack, bench);
@@ -410,15 +424,7 @@ int64_t best_scores(const float* x, int64_t n, int64_t most, int32_t* ids, float
   most = std::min(most, n);
   if (most <= 0) return 0;
   find_peaks(x, n, bench);
-  collect(x, n, kth_largest(x, n, most, bench), bench);
-  std::stable_sort(bench.found.begin(), bench.found.end(),
-                   [&](int32_t a, int32_t b) { return x[a] > x[b]; });
-  const int64_t count = std::min(most, static_cast<int64_t>(bench.found.size()));
-  for (int64_t i = 0; i < count; ++i) {
-    ids[i] = bench.found[i];
-    values[i] = x[bench.found[i]];
-  }
-  return count;
+  return rank(x, n, most, ids, values, bench);
 }
 
 float log_probabilities(const float* logits, int64_t n, int32_t token, int64_t most, int32_t* ids,
@@ -427,7 +433,7 @@ float log_probabilities(const float* logits, int64_t n, int32_t token, int64_t m
   const double all = static_cast<double>(top) + std::log(kernels().sum_exp(logits, n, top, 1.0f));
   if (most > 0) {
     most = std::min(most, n);
-    const int64_t count = best_scores(logits, n, most, ids, values, bench);
+    const int64_t count = rank(logits, n, most, ids, values, bench);
     for (int64_t i = count; i < most; ++i) {
       ids[i] = 0;
       values[i] = logits[0];
