@@ -28,9 +28,10 @@ struct Drafting {
   RoundSpace space;
 };
 
-// For each lane (tokens, drafts of each round as (all, tried, accepted), near-ties, reason, drafts of
-// the next step, whether the MTP layer has read the tokens of the last round, how many those are,
-// how many of them are not in the state yet); seconds of the forward, of choosing and of drafting.
+// For each lane (tokens, drafts of each round as (all, tried, accepted), places of near-ties among
+// the tokens, reason, drafts of the next step, whether the MTP layer has read the last round's
+// tokens, how many those are, how many of them are not in the state yet); seconds of the forward,
+// of choosing and of drafting.
 nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>& lanes,
                   nb::list outputs, const std::vector<int64_t>& starts,
                   const std::vector<int64_t>& kept, nb::list drafts, nb::object masks,

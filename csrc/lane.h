@@ -1,6 +1,7 @@
-// A step of sequences that decode, from their newest tokens to their next ones in one call: the
-// forward, the choice of a token in every row, the acceptance of drafts, and the drafts of the next
-// step. What engine/engine.py does row by row in Python is done here for all that needs no more.
+// A step of sequences that decode, or a few in a row, in one call from their newest tokens to their
+// next ones. A step (a round) is the forward, the choice of a token in every row, the acceptance of
+// drafts, and the drafts of the next step. What engine/engine.py does row by row in Python is done
+// here for all that needs no more.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,7 @@ struct DraftHead {
   int64_t limit = 0;  // rows that may be chosen
 };
 
-// One lane in a step. In: the newest token is not run yet, `drafts` are guesses behind it.
+// One lane in a call. In: the newest token is not run yet, `drafts` are guesses behind it.
 struct Turn {
   Lane* lane = nullptr;
   int32_t newest = 0;
@@ -43,7 +44,7 @@ struct Turn {
 
   // Out. As many tokens were run and stay as were chosen.
   std::vector<int32_t> tokens, next;  // chosen now; drafts behind them
-  std::vector<int32_t> close;         // which of the tokens, counted from 0, are near-ties
+  std::vector<int32_t> close;         // places of the near-ties among the tokens, from 0
   int reason = 0;                     // 1: an end token, 2: max_tokens
 
   // Drafts of a round: those there were, those put to the test, those that were chosen too.

@@ -39,7 +39,7 @@ class Matcher(Protocol):
     def rollback(self, count: int) -> None: ...
 
     def accepts(self, token: int) -> bool:
-        """Whether a token may follow, where it is no end token and none is forced."""
+        """Whether a token may follow, where it is no end token and no token is certain."""
         ...
 
     def start_of(self, token: int) -> int | None:

@@ -90,7 +90,7 @@ class GrammarMatcher:
         return self._matcher.consume_token(token)
 
     def accepts(self, token: int) -> bool:
-        """Whether a token may follow; where ``may_be_forced``, a mask may know better."""
+        """Whether a token may follow, where no token is certain."""
         return self._matcher.validate_tokens([token]) == 1
 
     def may_be_forced(self) -> bool:
