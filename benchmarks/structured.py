@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks.harness import write_result
 from benchmarks.speculation import add_rounds, engine_of, interval, parsed
 from qnext import LLM, native
-from qnext.engine import lanes, ruled
+from qnext.engine import ruled
 from qnext.engine.engine import Engine
 from qnext.engine.guide import Guide
 from qnext.engine.masks_ahead import MasksAhead
@@ -132,7 +132,7 @@ def mask_share(
     watches = {
         "rules": (
             (Guide, "allows"), (Guide, "_settle"), (Guide, "_find_mask"), (ruled, "choose_again"),
-            (lanes, "choose_again"), (MasksAhead, "begin"), (Future, "result"),
+            (MasksAhead, "begin"), (Future, "result"),
         ),
         "masks": ((Guide, "_find_mask"), (MasksAhead, "begin"), (Future, "result")),
         "llguidance": tuple(

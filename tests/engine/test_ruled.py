@@ -202,6 +202,26 @@ def test_what_may_be_tried():
     assert mask_before(guide, (), SamplingParams(temperature=1.0, top_p=0.9)) is not None
 
 
+def test_a_near_tie_stands_where_nothing_is_ruled_out():
+    """A budget for reasoning alone has rules, but no mask: nothing is chosen twice."""
+    regions = number_guide([])[0].rules.regions
+    guide = Guide(Rules(regions=regions, vocab_size=V, end_ids=(END,), budget=9))
+    rows = [SampleRow(params=SamplingParams(temperature=0.0), seed=0, index=0)]
+    chosen = 0
+
+    def choose(*args, **options):
+        nonlocal chosen
+        chosen += 1
+        return sampler.choose(*args, **options)
+
+    tokens, [rivals] = choose_ruled(
+        choose, torch.zeros(1, V), rows, [ruled_by(guide, (), 0)], defined_ids=V, tie_bound=1e-4
+    )
+    assert tokens == [0]
+    assert len(rivals) == V - 1
+    assert chosen == 1
+
+
 def test_a_place_behind_which_drafts_stand_is_looked_up_again():
     generator = random.Random(1)
     for _ in range(40):

@@ -20,7 +20,7 @@ from qnext.engine.drafting import FRESH_ROWS, LOOK_EVERY, RowOf, follow, is_far_
 from qnext.engine.native_runner import NativeRunner
 from qnext.engine.native_sampler import logprobs_of
 from qnext.engine.request import FinishReason, TokenLogprobs
-from qnext.engine.ruled import Choose, Ruled, choose_again, mask_before, may_try
+from qnext.engine.ruled import Choose, Ruled, choose_if_refused, mask_before, may_try
 from qnext.engine.scheduler import Scheduler
 from qnext.engine.sequence import Sequence as Running
 from qnext.engine.speculative import DraftPolicy
@@ -199,18 +199,18 @@ class Lanes:
         """
         guide, [token] = s.guide, tokens
         assert guide is not None
-        if guide.can_try() and (close or not guide.allows(token)):
-            s.output_ids.pop()
-            again, rivals = choose_again(
-                self._choose, logits[row], self._row(s, ()), Ruled(guide, (), None),
-                refused=None if close else token, defined_ids=self.defined_ids,
-                tie_bound=self._bound,
-            )  # fmt: skip
-            s.output_ids.append(again)
-            if again != token:
-                s.lane.choose_instead(again)
-                token = tokens[0] = again
+        s.output_ids.pop()  # a row is of the answer before its token
+        again = choose_if_refused(
+            self._choose, lambda: (logits[row], self._row(s, ())), Ruled(guide, (), None), token,
+            is_close=bool(close), defined_ids=self.defined_ids, tie_bound=self._bound,
+        )  # fmt: skip
+        if again is not None:
+            other, rivals = again
             close = [0] if rivals else []
+            if other != token:
+                s.lane.choose_instead(other)
+                token = tokens[0] = other
+        s.output_ids.append(token)
         if guide.has_no_choice:
             # It counts as forced, however it was found.
             s.forced.append(len(s.output_ids) - 1)

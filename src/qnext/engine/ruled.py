@@ -7,7 +7,7 @@ alone, since the noise of a token does not depend on the others. It does not hol
 whose reach depends on what it is given: ``top_k``, ``top_p`` and ``min_p`` need the mask first.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -172,6 +172,33 @@ def choose_again(
     return token, others
 
 
+def choose_if_refused(
+    choose: Choose,
+    place: Callable[[], tuple[Tensor | np.ndarray, SampleRow]],
+    rules: Ruled,
+    token: int,
+    *,
+    is_close: bool,
+    defined_ids: int,
+    tie_bound: float | None,
+) -> tuple[int, object] | None:
+    """Token and rivals of a row whose choice without a mask, ``token``, may be refused; else None.
+
+    ``is_close`` says that it may be a near-tie: a rival that is not allowed is none. ``place`` is
+    asked for the logits and the row only if there is something to choose again.
+    """
+    guide, drafts, draft = rules
+    if (token == draft and not is_close) or not guide.can_try(drafts):
+        return None  # a draft was found allowed when it was made; elsewhere the mask was known
+    if not is_close and guide.allows(token, drafts):
+        return None
+    logits_V, row = place()
+    return choose_again(
+        choose, logits_V, row, rules, refused=None if is_close else token,
+        defined_ids=defined_ids, tie_bound=tie_bound,
+    )  # fmt: skip
+
+
 def choose_ruled(
     choose: Choose,
     logits: Tensor,
@@ -193,16 +220,13 @@ def choose_ruled(
     for r, rules in enumerate(ruled):
         if rules is None or rules.guide is dropped:
             continue
-        guide, drafts, draft = rules
         if rows[r].mask is None:
-            refused, again = None, bool(rivals[r])  # a rival that is not allowed is none
-            if not again and tokens[r] != draft and not guide.allows(tokens[r], drafts):
-                refused, again = tokens[r], True
-            if again:
-                tokens[r], rivals[r] = choose_again(
-                    choose, logits[r], rows[r], rules,
-                    refused=refused, defined_ids=defined_ids, tie_bound=tie_bound,
-                )  # fmt: skip
-        if draft is not None and tokens[r] != draft:
-            dropped = guide
+            again = choose_if_refused(
+                choose, lambda r=r: (logits[r], rows[r]), rules, tokens[r],
+                is_close=bool(rivals[r]), defined_ids=defined_ids, tie_bound=tie_bound,
+            )  # fmt: skip
+            if again is not None:
+                tokens[r], rivals[r] = again
+        if rules.draft is not None and tokens[r] != rules.draft:
+            dropped = rules.guide
     return tokens, rivals
