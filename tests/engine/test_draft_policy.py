@@ -195,6 +195,23 @@ def test_a_rest_goes_on_where_it_was_after_steps_of_other_sizes():
     assert one.quiet + many.quiet - before >= 0.85 * 4000
 
 
+def test_drafting_that_paid_long_ago_elsewhere_keeps_no_rest_from_being_quiet():
+    """Nothing is quiet while both sizes come in turn: rows are kept for the one that drafts."""
+    policy = DraftPolicy("auto")
+    many = World(0.9, 0.02, sequences=16, speed=lambda step: 1e-4)
+    one = World(0.0, 0.3, speed=lambda step: 1e-4)
+    many.run(policy, 2000)
+    one.run(policy, 1000)
+    quiet = one.quiet
+    for _ in range(20):
+        many.run(policy, 50)
+        one.run(policy, 50)
+    assert one.quiet == quiet
+    one.run(policy, 4000)
+    assert policy._paces[4, False].chosen
+    assert one.quiet - quiet >= 3000
+
+
 def test_the_rest_of_one_request_is_short():
     """Another request may draft well: it is not kept waiting."""
     policy = DraftPolicy("auto")

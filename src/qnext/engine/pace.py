@@ -29,8 +29,8 @@ class Pace:
     """
 
     __slots__ = (
-        "_draft", "_plain", "_recent", "_verify", "chosen", "drafts", "failed", "is_personal",
-        "left", "plain_s", "probing", "rest", "rested", "scatter", "steps",
+        "_draft", "_plain", "_recent", "_verify", "asked", "chosen", "drafts", "failed",
+        "is_personal", "left", "plain_s", "probing", "rest", "rested", "scatter", "steps",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -42,6 +42,8 @@ class Pace:
         self.left = 0
         self.chosen = 0
         """What was found to pay, also while a few steps without drafts are measured."""
+        self.asked = 0
+        """The last step that the policy was asked about it, counted in such steps of all sizes."""
         self.probing = 0
         self.rest = 0
         """Steps that the last rest was to last, or less."""

@@ -130,6 +130,7 @@ class DraftPolicy:
         self._outcomes: dict[tuple[int, int], int] = {}
         self._fresh: dict[tuple[str, int, int], int] = {}
         self._paces: dict[tuple[int, bool], Pace] = {}
+        self._asked = 0
         self._attempts = {False: 0, True: 0}
         self._last: tuple[Pace, int] | None = None
         self._taken_now = 0
@@ -257,6 +258,8 @@ class DraftPolicy:
             return self.setting
         self._end_quiet()
         pace = self._pace(sequences, ruled)
+        self._asked += 1
+        pace.asked = self._asked
         if not pace.left:
             return None
         pace.left -= 1
@@ -267,14 +270,17 @@ class DraftPolicy:
     def rest_quietly(self, sequences: int, *, ruled: bool = False) -> None:
         """Take the steps of a rest that need not be measured off it, all at once.
 
-        None where drafting pays at another batch size: then rows are kept for it.
+        None where drafting paid at another batch size not long ago: then rows are kept for it.
         """
         pace = self._pace(sequences, ruled)
         if (
             self.rests
             and pace.left > MEASURED
             and not pace.drafts
-            and not any(one.chosen for one in self._paces.values())
+            and not any(
+                one.chosen and self._asked - one.asked < LONGEST_REST
+                for one in self._paces.values()
+            )
         ):
             most = 1 << _bucket(sequences)
             self.quiet_sizes = {ruled: range(most // 2 + 1, most + 1), not ruled: NOBODY}
