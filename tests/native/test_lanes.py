@@ -81,7 +81,7 @@ def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
     clock = []
     monkeypatch.setattr(lanes_module, "perf_counter", lambda: clock.append(0) or 0.0)
     params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
-    found, usage = {}, None
+    found, usage, seen = {}, None, {}
     for setting in (0, "auto"):
         engine = Engine(
             model, max_num_seqs=2, memory_bytes=8 << 20, speculative_tokens=setting,
@@ -99,19 +99,21 @@ def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
         policy.held, policy.rest_quietly = held, rest
         for name in ("a", "b"):
             engine.add(Request(id=name, prompt_ids=(5, 6, 7, 8), params=params))
-        answers = {"a": [], "b": []}
+        answers, seen[setting] = {"a": [], "b": []}, 0
         while engine.has_work:
             quiet, asked_before, clock_before = policy.quiet, len(asked), len(clock)
             for event in engine.step():
                 answers[event.request_id] += event.token_ids
                 usage = event.usage
             if quiet and len(engine.scheduler.running) == 2:
+                seen[setting] += 1
                 assert (len(asked), len(clock)) == (asked_before, clock_before)
                 assert not engine.runner.keeps_rows
                 assert not any(engine.runner._backlog.values())
                 assert not engine.runner._run_rows
                 assert not any(s.drafts for s in engine.scheduler.running)
         found[setting] = answers
+    assert seen[0] == 0 < seen["auto"]
     assert found[0] == found["auto"]
     assert usage is not None
     assert usage.drafted_tokens > 20
