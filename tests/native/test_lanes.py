@@ -1,5 +1,7 @@
 """A step of decoding in one native call says what the general step says, about everything."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -117,6 +119,27 @@ def test_a_quiet_rest_is_made_of_steps_without_drafts(model, monkeypatch):
     assert found[0] == found["auto"]
     assert usage is not None
     assert usage.drafted_tokens > 20
+
+
+def test_a_rest_is_no_longer_than_it_was_to_be(model, monkeypatch):
+    """Its first step, and those that follow in the same call, count too."""
+    monkeypatch.setattr(native_runner, "WITHIN_S", 60.0)
+    engine = Engine(model, max_num_seqs=2, memory_bytes=8 << 20, speculative_tokens="auto")
+    policy, asked = engine.policy, []
+
+    def rest(*_, **__):
+        policy.quiet, policy.quiet_sizes = 10, {False: range(1, 3), True: range(0)}
+
+    policy.held = lambda *_, **__: asked.append(engine.steps) or 0
+    policy.rest_quietly = rest
+    for name in ("a", "b"):
+        params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+        engine.add(Request(id=name, prompt_ids=(5, 6, 7, 8), params=params))
+    while engine.has_work:
+        engine.step()
+    assert len(asked) > 5
+    # The first is asked about behind the prompts, and its steps follow.
+    assert [after - before for before, after in pairwise(asked[1:])] == [11] * (len(asked) - 2)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

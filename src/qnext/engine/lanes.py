@@ -101,7 +101,8 @@ class Lanes:
             # Under rules drafts are made step by step, elsewhere.
             native = wanted if wanted and not ruled and not runner.is_behind(running) else 0
             if policy.quiet and not any(s.drafts for s in running):
-                limit = 0  # a rest begins, or goes on for another batch size
+                # A rest begins, or goes on for another batch size; this step was taken off it.
+                limit, is_quiet = 0, True
             elif policy.is_auto:
                 started = perf_counter()
         lanes, want_logits, may_stop = [], False, False
