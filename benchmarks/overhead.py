@@ -7,7 +7,8 @@ PyTorch. Its forward is the native decoder's, or ``run``, ``lm_logits`` and ``ru
 else; planning, building the batch, sampling, accepting, keeping state and pages, and events are
 outside. A native step that does several of these in one call says how long each took. Every step
 is split by a stopwatch around the parts of the engine; its own cost, about a microsecond a call,
-counts as outside.
+counts as outside. Native steps that follow each other in one call are measured together, and the
+time divided by their number.
 """
 
 import argparse
@@ -210,9 +211,9 @@ def measure(
     sampling: Mapping[str, Any],
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Seconds by part of each of the engine's steps in which ``batch`` sequences decode.
+    """Seconds by part of ``steps`` steps, or a few more, in which ``batch`` sequences decode.
 
-    There are ``steps`` of the model in them.
+    Where several follow each other in one call of the engine they are one entry: their mean.
     """
     per_step = 1 + speculative_tokens
     # A step of the engine may be several of the model.
@@ -237,21 +238,20 @@ def measure(
     found = []
     shown = tqdm(total=steps, desc="steps", leave=False, disable=not progress)
     with watched(engine) as watch, shown as bar:
-        ran = 0
-        while ran < steps:
+        first = engine.steps
+        while engine.steps < first + steps:
+            before = engine.steps
             engine.step()
-            found.append(dict(watch.seconds))
+            done = engine.steps - before
+            found.append({part: seconds / done for part, seconds in watch.seconds.items()})
             watch.seconds.clear()
-            runner = engine.runner
-            done = runner.rounds if isinstance(runner, NativeRunner) else 1
-            ran += done
             bar.update(done)
     assert len(engine.scheduler.running) == batch, len(engine.scheduler.running)
     return found
 
 
 def overhead(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Medians over steps: seconds of a step and of each part, and the share outside the model."""
+    """Medians over steps: seconds of one and of each part, and the share outside the model."""
     parts = sorted({part for step in steps for part in step})
     found = {part: statistics.median(step.get(part, 0.0) for step in steps) for part in parts}
     found["step"] = statistics.median(sum(step.values()) for step in steps)
@@ -309,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             {
                 "what": f"Outside the model's forward, {what}",
                 "value": f"{found['share']:.1%} of a step of {1000 * found['step']:.1f} ms",
-                "conditions": f"batch {args.batch}, {size}, float32, median of {args.steps} "
-                f"steps; ms by part: {parts}",
+                "conditions": f"batch {args.batch}, {size}, float32, {args.steps} steps, medians "
+                f"over the calls they were made in; ms by part: {parts}",
             }
         )
     if args.record:

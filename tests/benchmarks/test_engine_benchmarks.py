@@ -3,6 +3,8 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from benchmarks import overhead, speculation, speculation_steps
 from qnext import LLM, save_model
 from qnext.config import ModelConfig
 from qnext.cost import parameters
+from qnext.engine import lanes, native_runner
 from qnext.engine.engine import Engine
 from qnext.engine.speculative import MAX_DRAFTS
 from qnext.errors import RequestError
@@ -76,6 +79,24 @@ def test_every_step_is_split_into_its_parts(runners, kind, drafts):
     found = overhead.overhead(steps)
     assert 0 < found["share"] < 1
     assert found["step"] > sum(found[part] for part in MODEL[kind])
+
+
+def test_steps_that_follow_each_other_in_one_call_are_told_apart(runners, monkeypatch):
+    """By a clock that counts how often it is read, a call takes as long with four as with one."""
+    if "native" not in runners:
+        pytest.skip("needs the native kernels")
+    monkeypatch.setattr(native_runner, "WITHIN_S", 60.0)
+    monkeypatch.setattr(overhead, "Stopwatch", partial(overhead.Stopwatch, clock=count().__next__))
+    found = {}
+    for most in (1, 4):
+        monkeypatch.setattr(lanes, "MOST_ROUNDS", most)
+        found[most] = overhead.measure(
+            runners["native"], batch=2, steps=8, speculative_tokens=0,
+            sampling={"temperature": 0.0},
+        )  # fmt: skip
+    assert [len(steps) for steps in found.values()] == [8, 2]
+    alone, together = (steps[0]["accept and report"] for steps in found.values())
+    assert together == pytest.approx(alone / 4)
 
 
 def test_the_share_is_everything_but_the_model():
