@@ -16,6 +16,7 @@ from qnext.engine.regions import Regions, Tag
 from qnext.engine.request import Request
 from qnext.engine.ruled import choose_ruled, mask_before, may_try, ruled_by
 from qnext.engine.sampler import SampleRow, allowed
+from qnext.text.grammar import GrammarCompiler
 
 FORMS = [
     {"json_schema": schema(3)},
@@ -307,6 +308,32 @@ def test_a_token_is_allowed_where_its_bit_is_set(llm):
     assert 20 < tried < places
     assert forced > 10
     assert left_out > 30
+
+
+def test_a_byte_that_ends_answers_says_nothing_about_longer_tokens(llm):
+    """As where "\n" ends an answer: what begins with it may stand in one."""
+    tokenizer, width = llm.tokenizer, llm.engine.vocab_size
+    end, begun, refused, next_best = (tokenizer.id_of(text) for text in (" ", "f", ".", "a"))
+    compiler = GrammarCompiler(tokenizer, end_ids=(end,), vocab_size=width)
+    rules = Rules(regions=requests(llm)[0].rules.regions, vocab_size=width, end_ids=(end,),
+                  answer=compiler.regex("[a-z ]{9,30}"))  # fmt: skip
+    right = Guide(rules)
+    right.commit(begun)
+    assert not allowed(right.mask(), width)[end]  # nor does its byte mean that it may end here
+    found = []
+    for token in np.flatnonzero(allowed(right.mask(), width)).tolist():
+        guide = Guide(rules)
+        guide.commit(begun)
+        logits = torch.zeros(1, width)
+        logits[0, next_best], logits[0, token], logits[0, refused] = 1.0, 2.0, 3.0
+        rows = [SampleRow(params=SamplingParams(temperature=0.0), seed=0, index=1)]
+        [chosen], _ = choose_ruled(
+            sampler.choose, logits, rows, [ruled_by(guide, (), 0)],
+            defined_ids=tokenizer.id_limit, tie_bound=None,
+        )  # fmt: skip
+        assert chosen == token
+        found.append(tokenizer.token_bytes(token))
+    assert sum(text.startswith(b" ") for text in found) > 5
 
 
 def test_what_is_known_of_the_start_and_the_end_is_what_the_library_finds(llm):

@@ -435,6 +435,9 @@ class Guide:
         words = np.zeros(-(-self.rules.vocab_size // 32), dtype=np.uint32)
         problem = matcher.fill(words)
         words &= self._text_only
+        if problem is None and not matcher.may_end():
+            # Of an end token that has a text, the grammar may have meant the text.
+            _set(words, self.rules.end_ids, False)
         if problem is not None or not np.count_nonzero(words):
             self.failed = self.failed or problem or "the grammar allows nothing"
             _set(words, self.rules.end_ids, True)

@@ -24,14 +24,17 @@ KEPT = 64
 OPTIONS = {"whitespace_pattern": SPACE, "lenient": False, "coerce_one_of": False}
 
 
-def starts_of(tokenizer: Tokenizer) -> dict[int, int]:
-    """By token, the one that is its first byte and nothing else; added tokens have none."""
-    added = set(tokenizer.added_tokens.values())
-    holes = set(tokenizer.undefined_ids(tokenizer.id_limit))
+def starts_of(tokenizer: Tokenizer, end_ids: Sequence[int]) -> dict[int, int]:
+    """By token, the one that is its first byte and nothing else; added tokens have none.
+
+    An end token is nobody's: whether the text may end says nothing about its byte.
+    """
+    left_out = {*tokenizer.added_tokens.values(), *end_ids}
+    left_out.update(tokenizer.undefined_ids(tokenizer.id_limit))
     first: dict[int, int] = {}
     alone: dict[int, int] = {}
     for token in range(tokenizer.id_limit):
-        if token in added or token in holes:
+        if token in left_out:
             continue
         text = tokenizer.token_bytes(token)
         if text:
@@ -143,7 +146,7 @@ class GrammarCompiler:
                 "none: set eos_token_id in generation_config.json."
             )
         self._library = llguidance
-        self._vocab_size, self._starts = vocab_size, starts_of(tokenizer)
+        self._vocab_size, self._starts = vocab_size, starts_of(tokenizer, end_ids)
         self._vocabulary = llguidance.LLTokenizer(
             tokenizer.serialized(), n_vocab=vocab_size, eos_token=list(end_ids)
         )
