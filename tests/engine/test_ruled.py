@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from qnext.engine.regions import Regions, Tag
 from qnext.engine.request import Request
 from qnext.engine.ruled import choose_ruled, mask_before, may_try, ruled_by
 from qnext.engine.sampler import SampleRow, allowed
-from qnext.text.grammar import GrammarCompiler
+from qnext.text.grammar import GrammarCompiler, GrammarMatcher
 
 FORMS = [
     {"json_schema": schema(3)},
@@ -361,6 +362,34 @@ def test_what_is_known_of_the_start_and_the_end_is_what_the_library_finds(llm):
                 assert matcher.consume(token)
                 assert plain.consume(token)
     assert over > 3
+
+
+def test_where_the_mask_is_at_hand_nothing_is_tried(llm, monkeypatch):
+    """Before the first token of an answer, and of a call: the library is not asked."""
+    rules, choice = requests(llm)[-1].rules, ["red", "green"]
+    opening = rules.regions.tool[0].id
+    assert opening is not None
+    asked = []
+    for name in ("fill", "certain", "may_be_forced", "accepts"):
+        ask = getattr(GrammarMatcher, name)
+
+        def noted(matcher, *args, ask=ask, name=name):
+            asked.append((name, matcher._first is not None))
+            return ask(matcher, *args)
+
+        monkeypatch.setattr(GrammarMatcher, name, noted)
+    for grammar in (llm.rule_book.compiler.choice(choice), llm.rule_book.compiler.regex("ab")):
+        for what, way in (("answer", []), ("call", [opening])):
+            guide = Guide(replace(rules, **{"answer": None, "call": None, what: grammar}))
+            for token in way:
+                guide.commit(token)
+            del asked[:]
+            assert not guide.can_try()
+            assert asked == [("fill", True)]
+            mask = guide.mask()
+            assert mask is not None
+            assert guide.has_no_choice == (allowed(mask, llm.engine.vocab_size).sum() == 1)
+            assert asked == [("fill", True)]
 
 
 def test_answers_are_those_of_masks_alone(tiny_folder, monkeypatch):

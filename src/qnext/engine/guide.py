@@ -369,10 +369,12 @@ class Guide:
         Behind it the grammars move on.
         """
         matcher = frame.ruling
-        if matcher is not None and not matcher.knows_mask() and not matcher.may_be_forced():
+        if matcher is None or matcher.knows_mask():
+            self._mask(frame)
+        elif not matcher.may_be_forced():
             frame.is_open = True
         else:
-            certain = matcher.certain() if matcher is not None and frame.is_strict else None
+            certain = matcher.certain() if frame.is_strict else None
             if certain is None:
                 self._mask(frame)
             else:
