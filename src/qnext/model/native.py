@@ -468,11 +468,6 @@ class DeferredCache(HybridCache):
             self.decoder.settle(slot, self.pending_row[slot], self.kept[slot])
             self.kept[slot] = 0
 
-    def slot_bytes(self, slot: int) -> bytes:
-        """State, convolution window and last hidden row of one slot, copied out."""
-        self.settle(slot)
-        return super().slot_bytes(slot)
-
     def load_slot(self, slot: int, length: int, data: bytes) -> None:
         """Put the bytes of ``slot_bytes`` of a sequence of ``length`` tokens into a slot."""
         super().load_slot(slot, length, data)
@@ -480,14 +475,8 @@ class DeferredCache(HybridCache):
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy state and length of one slot to another; both belong to the same prefix now."""
-        self.settle(source)
         super().copy_slot(source, target)
         self.kept[target] = 0
-
-    def save(self, slot: int) -> Saved:
-        """Copy the state of a sequence out of the cache; its pages stay its own."""
-        self.settle(slot)
-        return super().save(slot)
 
     def load(self, slot: int, saved: Saved) -> None:
         """Put a saved state into a slot; pages with its first ``length`` tokens must be mapped."""
