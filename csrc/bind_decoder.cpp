@@ -33,6 +33,20 @@ const float*& floats_of(Decoder& decoder, const std::string& name) {
   throw nb::key_error(name.c_str());
 }
 
+// For each step: its tokens; slots, first positions and numbers of tokens of its sequences; and the
+// logits [sparse layers * P * E].
+nb::list noted_routers(const Decoder& decoder) {
+  nb::list found;
+  for (const RoutersNote& note : decoder.notes) {
+    auto* logits = new std::vector<float>(note.logits);
+    nb::capsule owner(logits, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
+    found.append(nb::make_tuple(
+        note.ids, note.slots, note.before, note.count,
+        nb::ndarray<nb::numpy, float, nb::ndim<1>>(logits->data(), {logits->size()}, owner)));
+  }
+  return found;
+}
+
 void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const int64_t> sequences,
          Array<const int64_t> pages, Array<const int64_t> captures, nb::object hidden_in,
          Array<float> hidden, Array<const int32_t> logit_rows, Array<float> logits,
@@ -139,8 +153,8 @@ void bind_decoder(nb::module_& m) {
              floats_of(self, name) = x.data();
            })
       .def("set_cache",
-           [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size, bool is_bf16, Array<float> recurrent, Array<uint8_t> conv,
-              int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
+           [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size,
+              bool is_bf16, Array<float> recurrent, Array<uint8_t> conv, int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
               Array<uint8_t> pending_window, Array<uint8_t> last_hidden) {
              Cache& c = self.cache;
              c.is_bf16 = is_bf16;
@@ -162,6 +176,14 @@ void bind_decoder(nb::module_& m) {
              nb::gil_scoped_release release;
              self.settle(slot, pending, kept, pool());
            })
+      .def(
+          "note_routers",
+          [](Decoder& self, bool wanted) {
+            self.notes_routers = wanted;
+            self.notes.clear();
+          },
+          nb::arg("wanted"), "From now on, or no longer; what was noted is forgotten.")
+      .def("noted_routers", noted_routers)
       .def_prop_ro("workspace_bytes", &Decoder::workspace_bytes)
       .def_prop_ro("experts_read", &Decoder::experts_read)
       .def(

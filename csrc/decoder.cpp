@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "decoder_work.h"
 #include "embedding.h"
@@ -137,6 +138,16 @@ void Decoder::reserve_attention(const Step& step, int threads) {
 void Decoder::forward(const Step& step, ThreadPool& pool) {
   reserve(step, pool.threads(), false);
   Work& w = *work_;
+  if (notes_routers) {
+    RoutersNote note;
+    note.ids.assign(step.ids, step.ids + step.rows);
+    for (const Sequence& s : step.sequences) {
+      note.slots.push_back(s.slot);
+      note.before.push_back(s.before);
+      note.count.push_back(s.tokens);
+    }
+    notes.push_back(std::move(note));
+  }
   pool.run([&](Team& team) {
     const int64_t D = shape_.hidden;
     float* h = w.h.floats(0);

@@ -111,6 +111,13 @@ struct Step {
   int32_t* routes = nullptr;  // [sparse layers][P][k] out: the experts that ran; may be null
 };
 
+// What the routers saw in one step, for whoever compares two runs.
+struct RoutersNote {
+  std::vector<int32_t> ids;                   // [P]
+  std::vector<int64_t> slots, before, count;  // of each sequence: its slot, first position, tokens
+  std::vector<float> logits;                  // [sparse layers][P][E]
+};
+
 class Decoder {
  public:
   explicit Decoder(const Shape& shape) : shape_(shape) {}
@@ -131,6 +138,10 @@ class Decoder {
 
   // Apply `kept` pending tokens of a slot to its state, in every delta layer.
   void settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool);
+
+  // From now on every step of the main model is noted, or no longer; `notes` grows meanwhile.
+  bool notes_routers = false;
+  std::vector<RoutersNote> notes;
 
   // Bytes of the working buffers at present.
   int64_t workspace_bytes() const;

@@ -8,6 +8,7 @@ cannot be combined stands in ``RULED_OUT``, with the reason.
 """
 
 import itertools
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from unittest import mock
 import torch
 from covering import Row
 from oracle import with_oracle
-from routers import Routed, noting_routers, parted
+from routers import Routed, noting_routers, parted_at
 
 from qnext import llm as llm_module
 from qnext import native
@@ -99,11 +100,10 @@ class Subject:
         return isinstance(self.alone.model, NativeModel)
 
     def noting(self, llm: LLM) -> AbstractContextManager[list[Routed]]:
-        """What the routers see, where rounding may change it and PyTorch runs them."""
-        if self.is_native or self.options.get("batch_invariant"):
+        """What the routers see, where rounding may change it."""
+        if self.options.get("batch_invariant"):
             return nullcontext([])
-        assert isinstance(llm.model, CausalLM)
-        return noting_routers(llm.model)
+        return noting_routers(llm.engine)
 
     @property
     def factors(self) -> Mapping[str, Sequence[object]]:
@@ -431,23 +431,27 @@ def composed_run(subject: Subject, row: Row, plain: Plain) -> Composed:
     ask, way = ask_of(row), way_of(row)
     way.options.update(max_num_seqs=16, max_batch_tokens=256)
     if way.warm != "disk":
-        return _composed(subject, row, ask, way, plain)
+        return _composed(subject, row, ask, way, plain, [])
     with TemporaryDirectory() as folder:
         way.options["cache_dir"] = folder
         before = subject.open(**way.options)
-        _warm(before, "exact", plain.prompt_ids)
+        with subject.noting(before) as routed:
+            _warm(before, "exact", plain.prompt_ids)
         before.close()
-        return _composed(subject, row, ask, way, plain)
+        return _composed(subject, row, ask, way, plain, routed)
 
 
-def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> Composed:
+def _composed(
+    subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain, routed_before: list[Routed]
+) -> Composed:
     llm = subject.open(**way.options)
     if way.rollback is not None:
         llm.engine.runner.cache.rollback = way.rollback
     if subject.drafts_known:
         truth = defaultdict(list, {plain.prompt_ids: list(plain.answers[0].token_ids)})
         with_oracle(llm.engine, truth, 0.75)
-    _warm(llm, way.warm, plain.prompt_ids)
+    with subject.noting(llm) as routed_first:
+        _warm(llm, way.warm, plain.prompt_ids)
     generator = random.Random(2)
     others: list[Stream] = []
     if way.warm == "together":
@@ -478,7 +482,7 @@ def _composed(subject: Subject, row: Row, ask: Ask, way: Way, plain: Plain) -> C
         drafted=sum(usage.drafted_tokens for usage in usages),
         accepted=sum(usage.accepted_tokens for usage in usages),
         parkings=llm.engine.scheduler.parkings,
-        routed=routed,
+        routed=[*routed_before, *routed_first, *routed],
         experts=llm.config.num_experts_per_tok,
     )
 
@@ -569,7 +573,7 @@ class Tally:
     differences: int = 0
     """Answers that part from the plain run, each at a near-tie."""
     parted: int = 0
-    """Positions of prompts and answers at which a router's near-tie went the other way."""
+    """Prompts and answers in which a router's near-tie went the other way."""
     furthest: float = 0.0
     """The largest difference of two log-probabilities, in units of the bound."""
     drafted: int = 0
@@ -578,8 +582,8 @@ class Tally:
     def __str__(self) -> str:
         return (
             f"{self.answers} answers, {self.positions} positions compared, {self.near_ties} "
-            f"near-ties, {self.differences} differences (all at near-ties), other experts at "
-            f"{self.parted} (all at near-ties), elsewhere log-probabilities within "
+            f"near-ties, {self.differences} differences (all at near-ties), other experts from "
+            f"somewhere on in {self.parted} (all at near-ties), log-probabilities within "
             f"{self.furthest:.2f} of the bound, {self.accepted} of {self.drafted} drafts "
             "accepted"
         )
@@ -588,8 +592,8 @@ class Tally:
 def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> None:
     """Raise AssertionError unless every answer is the plain one up to a near-tie.
 
-    From the first difference on two answers have different contexts and are not compared. Where a
-    router's choice hung by rounding and fell the other way, logits are others and not compared.
+    From the first difference on two answers have different contexts and are not compared: where
+    another token was chosen, or a router's choice hung by rounding and fell the other way.
     """
     tally.drafted += composed.drafted
     tally.accepted += composed.accepted
@@ -598,29 +602,30 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
     ):
         tally.answers += 1
         tokens = [*plain.prompt_ids, *one.token_ids]
-        others_ran = parted(
+        others_from = parted_at(
             plain.routed[number] if plain.routed else (), composed.routed, tokens,
             experts=composed.experts, bound=plain.bound,
         )  # fmt: skip
-        tally.parted += len(others_ran)
         # A row says what follows it.
         first = len(plain.prompt_ids) - 1
         same = 0
         for mine, others in zip(one.token_ids, other.token_ids, strict=False):
-            if mine != others:
+            if mine != others or first + same >= others_from:
                 break
             same += 1
         tally.positions += same
         tally.near_ties += sum(bool(some) for some in rivals[:same])
         for i in range(min(same, len(one.logprobs))):
-            if first + i in others_ran:
-                continue
             _compare_logprobs(one.logprobs[i], other.logprobs[i], slacks[i], tally)
         widest = max(slacks)
         pairs = zip(one.prompt_logprobs, other.prompt_logprobs, strict=True)
         for i, (mine, others) in enumerate(pairs):
-            if i not in others_ran:
+            if i < others_from:
                 _compare_logprobs(mine, others, widest, tally)
+        if others_from < math.inf:
+            tally.parted += 1
+            if first + same >= others_from:
+                continue
         if same == len(one.token_ids) == len(other.token_ids):
             for name in ("text", "reasoning", "finish_reason", "completion_tokens",
                          "reasoning_tokens", "forced_tokens", "reasoning_was_cut",
@@ -633,7 +638,7 @@ def compare_under_tie_rule(plain: Plain, composed: Composed, tally: Tally) -> No
         tally.positions += 1
         tally.near_ties += 1
         tally.differences += 1
-        assert other.token_ids[same] in rivals[same] or first + same in others_ran, (
+        assert other.token_ids[same] in rivals[same], (
             f"token {same} is {other.token_ids[same]} instead of {one.token_ids[same]}, and only "
             f"{rivals[same]} are within rounding"
         )

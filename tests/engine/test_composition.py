@@ -6,6 +6,7 @@ three with ``-m slow``). A failing row is printed and can be run alone.
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from composition import (
     composed_run,
 )
 from covering import Row, covering_array, is_ruled_out
-from routers import Routed, parted
+from routers import Routed, parted_at
 
 from qnext import load_model, native, save_model
 from qnext.engine import engine as engine_module
@@ -569,7 +570,7 @@ def test_the_tie_rule_excuses_rivals_and_nothing_else(other, complaint):
             compare_under_tie_rule(plain, composed, tally)
 
 
-def test_other_experts_are_excused_at_near_ties_of_their_router_only():
+def test_other_experts_are_excused_at_a_near_tie_of_their_router_only():
     generator = torch.Generator().manual_seed(3)
     tokens = [4, 5, 6, 7]
     logits = torch.randn(4, 3, 8, generator=generator)
@@ -578,14 +579,52 @@ def test_other_experts_are_excused_at_near_ties_of_their_router_only():
     logits[2, 1, order[2]] = logits[2, 1, order[1]] - 1e-4
     near[2, 1, order[2]] = logits[2, 1, order[1]] + 1e-4
     far[2, 1, order[7]] = 9.0
-    one = [Routed(0, [4], logits[:1]), Routed(1, [5, 6, 7], logits[1:])]
-    settings = {"experts": 2, "bound": 1e-3}
-    assert parted(one, [Routed(0, tokens, logits)], tokens, **settings) == set()
-    assert parted(one, [Routed(0, tokens, near)], tokens, **settings) == {2}
+    one = [Routed((), [4], logits[:1]), Routed((4,), [5, 6, 7], logits[1:])]
+
+    def first(other, ids=tokens, before=(), bound=1e-3):
+        other = [Routed(before, ids, other)]
+        return parted_at(one, other, tokens, experts=2, bound=bound)
+
+    assert first(logits) == math.inf
+    assert first(near) == 2
     with pytest.raises(AssertionError, match="token 2 has other experts in layer 1, at a margin"):
-        parted(one, [Routed(0, tokens, far)], tokens, experts=2, bound=1e-5)
-    # Behind another token they are another matter.
-    assert parted(one, [Routed(0, [4, 9, 6, 7], far)], tokens, **settings) == set()
+        first(far, bound=1e-5)
+    # Behind other tokens they are another matter.
+    assert first(far, [4, 9, 6, 7]) == math.inf
+    assert first(far[2:], [6, 7], before=(4, 9)) == math.inf
+    # What follows a parting may follow from it; what comes before it may not.
+    near[3, 0] = -near[3, 0]
+    assert first(near) == 2
+    near[2, 0] = -near[2, 0]
+    with pytest.raises(AssertionError, match="token 2 has other experts in layer 0, at a margin"):
+        first(near)
+
+
+def test_the_routers_of_every_row_are_seen(subjects):
+    """On both backends, of prompts in pieces and of decoding steps in a row, whatever else runs."""
+    for kind in ("torch", "float32"):
+        subject = subjects("mini", kind, "ordinary")
+        rows = {}
+        for company in (0, 2):
+            llm = subject.open(max_batch_tokens=40, max_num_seqs=4)
+            others = [llm.stream(text) for text in COMPANY[:company]]
+            with subject.noting(llm) as pieces:
+                [answer] = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=20))
+                assert all(list(other) for other in others)
+            tokens = (*llm.tokenizer.encode(STORY), *answer.token_ids)
+            seen = {}
+            for piece in pieces:
+                run = (*piece.before, *piece.ids)
+                if run == tokens[: len(run)]:
+                    seen |= dict(enumerate(piece.logits, len(piece.before)))
+            assert sorted(seen) == list(range(len(tokens) - 1))
+            rows[company] = torch.stack([seen[position] for position in sorted(seen)])
+            assert bool(company) == (sum(len(piece.ids) for piece in pieces) > len(seen))
+            llm.close()
+        # Layers, experts; and they are those of the same tokens.
+        config = subject.alone.config
+        assert rows[0].shape[1:] == (config.num_hidden_layers, config.num_experts)
+        torch.testing.assert_close(rows[0], rows[2], rtol=0.0, atol=1e-4)
 
 
 # -- the promise ---------------------------------------------------------------------------------

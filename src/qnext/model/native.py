@@ -159,9 +159,20 @@ class NativeModel:
     @property
     def kernels(self) -> tuple[str, ...]:
         """What runs: the instruction set, and the formats of the weights."""
-        n = self._native
-        found = sorted({_format_of(weight) for weight in self._weights.values()})
-        return f"decoder: native ({n.isa()})", f"weights: {', '.join(found)}"
+        found = ", ".join(sorted(self._formats))
+        return f"decoder: native ({self._native.isa()})", f"weights: {found}"
+
+    @property
+    def rounds_to(self) -> torch.dtype:
+        """The coarsest that activations are rounded to, in the cache or before a product.
+
+        Before products with packed weights they become integers, about as coarse as bfloat16.
+        """
+        return torch.float32 if self._formats == {"f32"} else torch.bfloat16
+
+    @property
+    def _formats(self) -> set[str]:
+        return {_format_of(weight) for weight in self._weights.values()}
 
     def draft_head(self, defined_ids: int) -> DraftHead:
         """A copy of the head's rows for the likeliest of the ids below ``defined_ids``."""
