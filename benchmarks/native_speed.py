@@ -13,7 +13,10 @@ Beside the AVX2 kernels stands a llama.cpp that was built without AVX-512. It li
 its own (--avx2-llama), made by
 
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" \
-        pip install --no-deps --no-binary llama-cpp-python --target DIR llama-cpp-python
+        pip install --no-cache-dir --no-deps --no-binary llama-cpp-python --target DIR \
+        llama-cpp-python
+
+pip's cache may hold a wheel that was built for this machine; hence ``--no-cache-dir``.
 """
 
 import argparse

@@ -337,6 +337,22 @@ def test_a_byte_that_ends_answers_says_nothing_about_longer_tokens(llm):
     assert sum(text.startswith(b" ") for text in found) > 5
 
 
+def test_a_byte_that_ends_answers_is_not_forced_as_text(llm):
+    """The text that is certain is spelled with a longer token, or an answer would end in it."""
+    tokenizer, width = llm.tokenizer, llm.engine.vocab_size
+    end, begun, after = (tokenizer.id_of(text) for text in (" ", "f", " the"))
+    compiler = GrammarCompiler(tokenizer, end_ids=(end,), vocab_size=width)
+    guide = Guide(
+        Rules(regions=requests(llm)[0].rules.regions, vocab_size=width, end_ids=(end,),
+              answer=compiler.regex("f the"))
+    )  # fmt: skip
+    guide.commit(begun)
+    mask = allowed(guide.mask(), width)
+    assert mask[after]
+    assert not mask[end]
+    assert end not in guide.forced(room=1, stops=())
+
+
 def test_what_is_known_of_the_start_and_the_end_is_what_the_library_finds(llm):
     """The mask before the first token, and that a complete text has only its end before it."""
     width, over = llm.engine.vocab_size, 0

@@ -375,7 +375,8 @@ class Guide:
             frame.is_open = True
         else:
             certain = matcher.certain() if frame.is_strict else None
-            if certain is None:
+            # An end token that has a text may be meant as text: the mask tells.
+            if certain is None or not self._special.isdisjoint(certain):
                 self._mask(frame)
             else:
                 frame.certain, frame.is_open = certain, not certain
