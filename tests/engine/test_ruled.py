@@ -338,19 +338,22 @@ def test_a_byte_that_ends_answers_says_nothing_about_longer_tokens(llm):
 
 
 def test_a_byte_that_ends_answers_is_not_forced_as_text(llm):
-    """The text that is certain is spelled with a longer token, or an answer would end in it."""
+    """Where nothing else spells what is certain, the form fails; it does not end as if complete."""
     tokenizer, width = llm.tokenizer, llm.engine.vocab_size
     end, begun, after = (tokenizer.id_of(text) for text in (" ", "f", " the"))
     compiler = GrammarCompiler(tokenizer, end_ids=(end,), vocab_size=width)
     guide = Guide(
         Rules(regions=requests(llm)[0].rules.regions, vocab_size=width, end_ids=(end,),
-              answer=compiler.regex("f the"))
+              answer=compiler.regex("f the 9"))
     )  # fmt: skip
     guide.commit(begun)
     mask = allowed(guide.mask(), width)
     assert mask[after]
     assert not mask[end]
-    assert end not in guide.forced(room=1, stops=())
+    guide.commit(after)
+    assert tokenizer.id_of(" 9") is None
+    guide.forced(room=1, stops=())
+    assert guide.failed == "the grammar allows nothing"
 
 
 def test_what_is_known_of_the_start_and_the_end_is_what_the_library_finds(llm):
