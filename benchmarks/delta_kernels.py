@@ -81,12 +81,11 @@ class Layer:
             ).numpy()
             for i in range(calls)
         ]
-        limit = self.kernels.DELTA_STEP_TOKENS
 
         def run() -> None:
             for plan in plans:
                 self.kernels.gated_delta(
-                    qkvz, ba, *self.weights, 1e-6, *self.slots, plan, captures, limit, y
+                    qkvz, ba, *self.weights, 1e-6, *self.slots, plan, captures, y
                 )
 
         return run, calls

@@ -33,24 +33,10 @@ const float*& floats_of(Decoder& decoder, const std::string& name) {
   throw nb::key_error(name.c_str());
 }
 
-// For each step: its tokens; slots, first positions and numbers of tokens of its sequences; and the
-// logits [sparse layers * P * E].
-nb::list noted_routers(const Decoder& decoder) {
-  nb::list found;
-  for (const RoutersNote& note : decoder.notes) {
-    auto* logits = new std::vector<float>(note.logits);
-    nb::capsule owner(logits, [](void* p) noexcept { delete static_cast<std::vector<float>*>(p); });
-    found.append(nb::make_tuple(
-        note.ids, note.slots, note.before, note.count,
-        nb::ndarray<nb::numpy, float, nb::ndim<1>>(logits->data(), {logits->size()}, owner)));
-  }
-  return found;
-}
-
 void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const int64_t> sequences,
          Array<const int64_t> pages, Array<const int64_t> captures, nb::object hidden_in,
          Array<float> hidden, Array<const int32_t> logit_rows, Array<float> logits,
-         bool invariant, int32_t* routes = nullptr) {
+         int32_t* routes = nullptr) {
   Step step = step_of(ids, sequences, pages);
   const auto C = static_cast<int64_t>(captures.size()) / 3;
   for (int64_t c = 0; c < C; ++c) {
@@ -66,7 +52,6 @@ void run(Decoder& decoder, bool is_mtp, Array<const int32_t> ids, Array<const in
   step.logit_rows = logit_rows.data();
   step.logit_count = static_cast<int64_t>(logit_rows.size());
   step.logits = logits.data();
-  step.invariant = invariant;
   step.routes = routes;
   nb::gil_scoped_release release;
   if (is_mtp) {
@@ -154,7 +139,8 @@ void bind_decoder(nb::module_& m) {
            })
       .def("set_cache",
            [](Decoder& self, Array<uint8_t> pages, int64_t page_layers, int64_t page_size,
-              bool is_bf16, Array<float> recurrent, Array<uint8_t> conv, int64_t slots, int64_t num_pending, int64_t most_pending, Array<float> pending,
+              bool is_bf16, Array<float> recurrent, Array<uint8_t> conv, int64_t slots,
+              int64_t num_pending, int64_t most_pending, Array<float> pending,
               Array<uint8_t> pending_window, Array<uint8_t> last_hidden) {
              Cache& c = self.cache;
              c.is_bf16 = is_bf16;
@@ -176,42 +162,30 @@ void bind_decoder(nb::module_& m) {
              nb::gil_scoped_release release;
              self.settle(slot, pending, kept, pool());
            })
-      .def(
-          "note_routers",
-          [](Decoder& self, bool wanted) {
-            self.notes_routers = wanted;
-            self.notes.clear();
-          },
-          nb::arg("wanted"), "From now on, or no longer; what was noted is forgotten.")
-      .def("noted_routers", noted_routers)
       .def_prop_ro("workspace_bytes", &Decoder::workspace_bytes)
       .def_prop_ro("experts_read", &Decoder::experts_read)
       .def(
           "forward",
           [](Decoder& self, Array<const int32_t> ids, Array<const int64_t> sequences,
              Array<const int64_t> pages, Array<const int64_t> captures, Array<float> hidden,
-             Array<const int32_t> logit_rows, Array<float> logits, bool invariant,
-             nb::object routes) {
+             Array<const int32_t> logit_rows, Array<float> logits, nb::object routes) {
             Array<int32_t> target;
             if (!routes.is_none()) target = nb::cast<Array<int32_t>>(routes);
             run(self, false, ids, sequences, pages, captures, nb::none(), hidden, logit_rows,
-                logits, invariant, routes.is_none() ? nullptr : target.data());
+                logits, routes.is_none() ? nullptr : target.data());
           },
           nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"), nb::arg("captures"),
-          nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"), nb::arg("invariant"),
+          nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"),
           nb::arg("routes") = nb::none())
       .def(
           "forward_mtp",
           [](Decoder& self, Array<const int32_t> ids, Array<const int64_t> sequences,
              Array<const int64_t> pages, Array<const int64_t> captures, nb::object hidden_in,
-             Array<float> hidden, Array<const int32_t> logit_rows, Array<float> logits,
-             bool invariant) {
-            run(self, true, ids, sequences, pages, captures, hidden_in, hidden, logit_rows, logits,
-                invariant);
+             Array<float> hidden, Array<const int32_t> logit_rows, Array<float> logits) {
+            run(self, true, ids, sequences, pages, captures, hidden_in, hidden, logit_rows, logits);
           },
           nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"), nb::arg("captures"),
-          nb::arg("hidden_in"), nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"),
-          nb::arg("invariant"));
+          nb::arg("hidden_in"), nb::arg("hidden"), nb::arg("logit_rows"), nb::arg("logits"));
 }
 
 }  // namespace qnext

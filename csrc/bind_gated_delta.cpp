@@ -59,7 +59,7 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
                  Array<const float> a_log, Array<const float> dt_bias,
                  Array<const float> norm_weight, float eps, Array<float> state, AnyArray window,
                  Array<float> pending, AnyArray pending_window, Array<const int64_t> plan,
-                 Array<const int64_t> captures, int64_t step_tokens, Array<float> y) {
+                 Array<const int64_t> captures, Array<float> y) {
   expect(state.ndim() == 4, "state: expected [slots, W, K, M].");
   expect(conv_weight.ndim() == 2, "conv_weight: expected [J, ch].");
   expect(qkvz.ndim() == 2, "qkvz: expected [P, 2 U K + 2 W M].");
@@ -87,8 +87,8 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
   expect_shape(window, "window", {count, s.taps - 1, channels});
   expect(pending.ndim() == 3, "pending: expected [slots, capacity, U K + W M + W].");
   const int64_t capacity = dim(pending, 1);
-  expect(capacity <= kDeltaChunk,
-         "pending: expected a capacity of at most " + std::to_string(kDeltaChunk) + " tokens.");
+  expect(capacity <= kDeltaBlock,
+         "pending: expected a capacity of at most " + std::to_string(kDeltaBlock) + " tokens.");
   expect_shape(pending, "pending", {count, capacity, delta_pending_floats(s)});
   expect_shape(pending_window, "pending_window", {count, capacity, channels});
   layer.window_type = window_type(window, "window");
@@ -160,7 +160,6 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
   batch.y = y.data();
   batch.sequences = sequences.data();
   batch.num_sequences = static_cast<int64_t>(sequences.size());
-  batch.step_tokens = step_tokens;
 
   const DeltaKernels& kernels = delta_kernels(current_isa());
   nb::gil_scoped_release release;
@@ -178,18 +177,17 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
 }  // namespace
 
 void bind_gated_delta(nb::module_& m) {
-  m.attr("DELTA_STEP_TOKENS") = kDeltaStepTokens;
-  m.attr("DELTA_CHUNK") = kDeltaChunk;
+  m.attr("DELTA_BLOCK") = kDeltaBlock;
   m.def("gated_delta", &gated_delta, nb::arg("qkvz"), nb::arg("ba"), nb::arg("conv_weight"),
         nb::arg("a_log"), nb::arg("dt_bias"), nb::arg("norm_weight"), nb::arg("eps"),
         nb::arg("state"), nb::arg("window"), nb::arg("pending"), nb::arg("pending_window"),
-        nb::arg("plan"), nb::arg("captures"), nb::arg("step_tokens"), nb::arg("y"),
+        nb::arg("plan"), nb::arg("captures"), nb::arg("y"),
         "A delta layer between its projections, on slots.\n\n"
         "qkvz [P, 2UK + 2WM] and ba [P, 2W] in the checkpoint's order, conv_weight [J, ch],\n"
         "state [slots, W, K, M], window [slots, J-1, ch] and pending_window [slots, capacity, ch]\n"
         "float32 or bfloat16, pending [slots, capacity, UK + WM + W]; y [P, WM] is written.\n"
         "plan int64 [B, 5]: slot, first row, tokens, speculative, kept. captures int64 [N, 3]:\n"
-        "sequence, count, slot. Sequences of at most step_tokens tokens go token by token.\n"
+        "sequence, count, slot.\n"
         "csrc/gated_delta.h says what kept and speculative mean. ValueError on a wrong shape.");
 }
 

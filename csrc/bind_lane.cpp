@@ -36,8 +36,7 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
                   nb::list outputs, const std::vector<int64_t>& starts,
                   const std::vector<int64_t>& kept, nb::list drafts, nb::object masks,
                   int64_t wanted, Array<float> hidden, nb::object logits, int64_t defined,
-                  float tie_bound, float least_share, bool invariant, int64_t rounds,
-                  double within) {
+                  float tie_bound, float least_share, int64_t rounds, double within) {
   const size_t B = lanes.size();
   if (nb::len(outputs) != B || starts.size() != B || kept.size() != B || nb::len(drafts) != B) {
     throw nb::value_error("advance: expected one entry for each lane.");
@@ -87,7 +86,6 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
   round.defined = defined;
   round.tie_bound = tie_bound;
   round.least_share = least_share;
-  round.invariant = invariant;
   round.head = drafting.head;
   {
     nb::gil_scoped_release release;
@@ -111,14 +109,13 @@ nb::tuple advance(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>
 nb::list propose(Decoder& decoder, Drafting& drafting, const std::vector<Lane*>& lanes,
                  nb::list outputs, Array<const int32_t> ids, Array<const int64_t> sequences,
                  Array<const int64_t> pages, Array<const float> hidden,
-                 const std::vector<int64_t>& counts, float least_share, bool invariant) {
+                 const std::vector<int64_t>& counts, float least_share) {
   Step step = step_of(ids, sequences, pages);
   const size_t B = step.sequences.size();
   if (lanes.size() != B || nb::len(outputs) != B || counts.size() != B) {
     throw nb::value_error("propose: expected one entry for each sequence.");
   }
   step.hidden_in = hidden.data();
-  step.invariant = invariant;
   std::vector<Chooser*> choosers;
   std::vector<std::vector<int32_t>> drafts(B);
   std::vector<std::vector<int32_t>*> into;
@@ -172,14 +169,14 @@ void bind_lane(nb::module_& m) {
   m.def("advance", &advance, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("starts"), nb::arg("kept"), nb::arg("drafts"),
         nb::arg("masks").none(), nb::arg("wanted"), nb::arg("hidden"), nb::arg("logits").none(),
-        nb::arg("defined"), nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("invariant"),
-        nb::arg("rounds") = 1, nb::arg("within") = 0.0,
+        nb::arg("defined"), nb::arg("tie_bound"), nb::arg("least_share"), nb::arg("rounds") = 1,
+        nb::arg("within") = 0.0,
         "A step of lanes that decode, with choosing, accepting and drafting; up to `rounds` in a "
         "row, as far as they fit into `within` seconds. masks: None, or for each lane None or "
         "int32 words with a bit for every allowed token; then there are no drafts, and one round.");
   m.def("propose", &propose, nb::arg("decoder"), nb::arg("drafting"), nb::arg("lanes"),
         nb::arg("outputs"), nb::arg("ids"), nb::arg("sequences"), nb::arg("pages"),
-        nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"), nb::arg("invariant"),
+        nb::arg("hidden"), nb::arg("counts"), nb::arg("least_share"),
         "Drafts by reading what is new with the MTP layer, and guessing on.");
 }
 

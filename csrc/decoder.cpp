@@ -138,16 +138,6 @@ void Decoder::reserve_attention(const Step& step, int threads) {
 void Decoder::forward(const Step& step, ThreadPool& pool) {
   reserve(step, pool.threads(), false);
   Work& w = *work_;
-  if (notes_routers) {
-    RoutersNote note;
-    note.ids.assign(step.ids, step.ids + step.rows);
-    for (const Sequence& s : step.sequences) {
-      note.slots.push_back(s.slot);
-      note.before.push_back(s.before);
-      note.count.push_back(s.tokens);
-    }
-    notes.push_back(std::move(note));
-  }
   pool.run([&](Team& team) {
     const int64_t D = shape_.hidden;
     float* h = w.h.floats(0);
@@ -431,7 +421,6 @@ void Decoder::delta(const Layer& layer, const Step& step, Team& team) {
   batch.y = w.mixed.floats(0);
   batch.sequences = w.delta_sequences.data();
   batch.num_sequences = static_cast<int64_t>(w.delta_sequences.size());
-  if (step.invariant) batch.step_tokens = INT64_MAX;
   void* scratch = w.scratch[team.thread].reserve(w.delta->scratch_bytes(delta.shape));
   w.delta->forward(delta, batch, scratch, team);
   read_soon(share_at(layer.out, kTileRows, team), team);

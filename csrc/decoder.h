@@ -104,18 +104,10 @@ struct Step {
   int64_t logit_count = 0;
   float* logits = nullptr;  // [logit_count][rows of the head]
   const Matrix* head = nullptr;  // another than the decoder's own
-  bool invariant = false;   // same bits whatever the batch and the chunks
   // MTP only: rows beside the logit rows, which are the last of their sequences, leave their keys and
   // values and nothing else; hidden is [logit_count][D].
   bool only_last = false;
   int32_t* routes = nullptr;  // [sparse layers][P][k] out: the experts that ran; may be null
-};
-
-// What the routers saw in one step, for whoever compares two runs.
-struct RoutersNote {
-  std::vector<int32_t> ids;                   // [P]
-  std::vector<int64_t> slots, before, count;  // of each sequence: its slot, first position, tokens
-  std::vector<float> logits;                  // [sparse layers][P][E]
 };
 
 class Decoder {
@@ -138,10 +130,6 @@ class Decoder {
 
   // Apply `kept` pending tokens of a slot to its state, in every delta layer.
   void settle(int64_t slot, int64_t pending, int64_t kept, ThreadPool& pool);
-
-  // From now on every step of the main model is noted, or no longer; `notes` grows meanwhile.
-  bool notes_routers = false;
-  std::vector<RoutersNote> notes;
 
   // Bytes of the working buffers at present.
   int64_t workspace_bytes() const;

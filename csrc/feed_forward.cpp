@@ -58,10 +58,6 @@ void Decoder::route(const Layer& layer, const Step& step, Team& team) {
     if (experts && step.routes) {
       std::copy_n(w.ids.ints(0), rows * k, step.routes + routed_layers_++ * rows * k);
     }
-    if (experts && notes_routers && &layer != &mtp_layer) {
-      const float* logits = w.router.floats(0);
-      notes.back().logits.insert(notes.back().logits.end(), logits, logits + rows * experts);
-    }
     group_by_expert(experts, rows);
   }
   team.barrier();

@@ -31,10 +31,8 @@ static inline int64_t delta_pending_floats(const DeltaShape& s) {
   return s.key_heads * s.key_dim + s.value_heads * s.value_dim + s.value_heads;
 }
 
-// Tokens solved at once by the chunk form, and the most pending tokens a sequence may have.
-constexpr int64_t kDeltaChunk = 64;
-// Longer sequences of new tokens go in chunks, unless they are speculative.
-constexpr int64_t kDeltaStepTokens = 16;
+// Tokens made ready for the recurrence at once, and the most pending tokens a sequence may have.
+constexpr int64_t kDeltaBlock = 64;
 
 enum class WindowType : int { f32 = 0, bf16 = 1 };
 
@@ -59,7 +57,7 @@ struct DeltaCapture {
 // applied to state and window before anything else, exactly as stepping would have done. Then
 //   tokens == 0    nothing more: the sequence is settled (before a snapshot, a copy, a save);
 //   speculative    the tokens run on a private copy; what is needed to apply them later is stored
-//                  as pending (tokens <= the capacity of the buffers <= kDeltaChunk); no captures;
+//                  as pending (tokens <= the capacity of the buffers <= kDeltaBlock); no captures;
 //   otherwise      state and window move on by all tokens.
 // Forgetting tokens costs nothing: the next call is given a smaller `kept`. After every call `kept`
 // starts at 0 again.
@@ -84,8 +82,6 @@ struct DeltaBatch {
   float* y = nullptr;           // [P][W M], after the gated norm
   const DeltaSequence* sequences = nullptr;
   int64_t num_sequences = 0;
-  // Non-speculative sequences of at most so many new tokens go token by token, others in chunks.
-  int64_t step_tokens = kDeltaStepTokens;
 };
 
 struct DeltaKernels {

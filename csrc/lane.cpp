@@ -99,7 +99,6 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
   }
   step.rows = static_cast<int64_t>(space.ids.size());
   step.ids = space.ids.data();
-  step.invariant = round.invariant;
   step.hidden = round.hidden;
   space.rows.resize(space.ids.size());
   std::iota(space.rows.begin(), space.rows.end(), 0);
@@ -160,7 +159,6 @@ void run_round(Decoder& decoder, Round& round, RoundSpace& space, ThreadPool& po
   if (!counts.empty()) {
     reading.ids = ids.data();
     reading.rows = static_cast<int64_t>(ids.size());
-    reading.invariant = round.invariant;
     reading.hidden_in = round.hidden;
     if (!packed) {
       space.gathered.resize(ids.size() * D);

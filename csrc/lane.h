@@ -59,7 +59,6 @@ struct Round {
   int64_t defined = 0;     // ids below can be chosen
   float tie_bound = -1.0f;  // below 0: near-ties are not counted
   float least_share = 0.0f;  // drafts the MTP head finds less likely are not made
-  bool invariant = false;
   float* hidden = nullptr;  // [P][D] out
   float* logits = nullptr;  // [P][V] out, or null
   DraftHead head;

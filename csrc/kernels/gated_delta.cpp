@@ -41,7 +41,7 @@ struct Item {
 
 Scratch carve(const DeltaShape& s, void* memory, int64_t* floats) {
   const int64_t group = s.value_heads / s.key_heads, history = s.taps - 1;
-  const int64_t nc = 2 * s.key_dim + group * s.value_dim, C = kDeltaChunk;
+  const int64_t nc = 2 * s.key_dim + group * s.value_dim, C = kDeltaBlock;
   float* at = static_cast<float*>(memory);
   int64_t used = 0;
   auto take = [&](int64_t count) {
@@ -58,13 +58,11 @@ Scratch carve(const DeltaShape& s, void* memory, int64_t* floats) {
   x.block.k = take(C * s.key_dim);
   x.block.qk = take(C);
   x.block.v = take(group * C * s.value_dim);
-  x.block.g = take(group * C);
   x.block.alpha = take(group * C);
   x.block.beta = take(group * C);
   x.block.d = take(group * C * s.value_dim);
   x.block.out = take(group * C * s.value_dim);
-  const int64_t step = delta_step_work(s), chunk = delta_chunk_work(s);
-  x.block.work = take(step > chunk ? step : chunk);
+  x.block.work = take(delta_step_work(s));
   x.history = take(history * nc);
   x.raw = take(C * nc);
   x.weight = take(s.taps * nc);
@@ -225,7 +223,7 @@ void mix(const Scratch& x, int64_t channels, int64_t taps, int64_t t) {
   scale(1.0f / sqrtf(k_squares + 1e-6f), K, k);
   for (int64_t w = 0; w < block.group; ++w) {
     convolve<kTaps>(window, x.weight, channels, taps, 2 * K + w * M, M,
-                    block.v + (w * kDeltaChunk + t) * M);
+                    block.v + (w * kDeltaBlock + t) * M);
   }
 }
 
@@ -246,26 +244,23 @@ Vec softplus(Vec x) {
   return max(Vec::zero(), x) + (s + s) * p;
 }
 
-// g = -exp(A_log) softplus(a + dt_bias), alpha = exp(g), beta = sigmoid(b), lanes over tokens.
+// alpha = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b), lanes over tokens.
 void gates(const Item& item, const DeltaBlock& block, int64_t first_row) {
   const int64_t T = block.tokens;
   for (int64_t w = 0; w < item.group; ++w) {
     const int64_t head = item.head * item.group + w;
-    float* g = block.g + w * kDeltaChunk;
-    float* alpha = block.alpha + w * kDeltaChunk;
-    float* beta = block.beta + w * kDeltaChunk;
+    float* alpha = block.alpha + w * kDeltaBlock;
+    float* beta = block.beta + w * kDeltaBlock;
     for (int64_t t = 0; t < T; ++t) {
       const float* ba =
           item.batch.ba + (first_row + t) * item.batch.ba_stride + 2 * item.group * item.head;
       beta[t] = ba[w];
-      g[t] = ba[item.group + w];
+      alpha[t] = ba[item.group + w];
     }
     const Vec rate = Vec::set(-expf(item.layer.a_log[head]));
     const Vec bias = Vec::set(item.layer.dt_bias[head]);
     by_vectors(T, [&](int64_t t, auto part) {
-      const Vec decay = rate * softplus(load(g + t, part) + bias);
-      store(decay, g + t, part);
-      store(exp(decay), alpha + t, part);
+      store(exp(rate * softplus(load(alpha + t, part) + bias)), alpha + t, part);
       store(sigmoid(load(beta + t, part)), beta + t, part);
     });
   }
@@ -275,7 +270,7 @@ void gates(const Item& item, const DeltaBlock& block, int64_t first_row) {
 constexpr int64_t kAhead = 3;
 
 // Tokens [done, done + tokens) of the sequence up to the point where the recurrence takes over.
-void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens, bool by_step) {
+void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens) {
   const DeltaShape& s = item.layer.shape;
   const int64_t K = s.key_dim, M = s.value_dim, history = s.taps - 1;
   const int64_t first_row = item.sequence.first_row + done;
@@ -300,7 +295,7 @@ void prepare(const Item& item, Scratch& x, int64_t done, int64_t tokens, bool by
     } else {
       mix<0>(x, item.channels, s.taps, t);
     }
-    if (by_step) block.qk[t] = dot(block.q + t * K, block.k + t * K, K);
+    block.qk[t] = dot(block.q + t * K, block.k + t * K, K);
   }
   gates(item, block, first_row);
 }
@@ -317,7 +312,7 @@ void gated_norm(const Item& item, const DeltaBlock& block, int64_t done) {
       for (int64_t i = 0; i < group * M; i += kLine) __builtin_prefetch(ahead + i);
     }
     for (int64_t w = 0; w < group; ++w) {
-      const float* o = block.out + (w * kDeltaChunk + t) * M;
+      const float* o = block.out + (w * kDeltaBlock + t) * M;
       const float* z = item.batch.qkvz + row * item.batch.qkvz_stride + z_start + w * M;
       float* y = item.batch.y + (row * item.layer.shape.value_heads + item.head * group + w) * M;
       const float mean = dot(o, o, M) / static_cast<float>(M);
@@ -352,7 +347,7 @@ void store_pending(const Item& item, const Scratch& x) {
     copy(block.k + t * K, K, token + item.head * K);
     token += s.key_heads * K;
     for (int64_t w = 0; w < group; ++w) {
-      const int64_t head = item.head * group + w, at = w * kDeltaChunk + t;
+      const int64_t head = item.head * group + w, at = w * kDeltaBlock + t;
       copy(block.d + at * M, M, token + head * M);
       token[s.value_heads * M + head] = block.alpha[at];
     }
@@ -394,20 +389,19 @@ int64_t piece_end(const DeltaSequence& sequence, int64_t done) {
 }
 
 // `next`: the state that this thread reads after this item's.
-void run_item(const Item& item, Scratch& x, int64_t step_tokens, const float* next) {
+void run_item(const Item& item, Scratch& x, const float* next) {
   const DeltaSequence& sequence = item.sequence;
   const DeltaShape& s = item.layer.shape;
   if (sequence.tokens == 0 && sequence.kept == 0) return;
   const int64_t head_size = s.key_dim * s.value_dim;
   float* state = sequence.state + item.head * item.group * head_size;
-  const bool by_step = sequence.speculative || sequence.tokens <= step_tokens;
   int64_t kept = sequence.kept;
   read_history(item, x);
   if (sequence.tokens) read_weight(item, x);
   if (kept && (sequence.speculative || sequence.tokens == 0)) {
     write_window(item, x, sequence.window);
   }
-  if (kept && (!by_step || sequence.tokens == 0)) {
+  if (sequence.tokens == 0) {
     x.block.tokens = 0;
     for (int64_t w = 0; w < item.group; ++w) {
       delta_step(x.block, w, state + w * head_size, kept_updates(item, x, w), kept, false,
@@ -418,19 +412,14 @@ void run_item(const Item& item, Scratch& x, int64_t step_tokens, const float* ne
   for (int64_t done = 0; done < sequence.tokens;) {
     const int64_t end = piece_end(sequence, done);
     while (done < end) {
-      const int64_t tokens = end - done < kDeltaChunk ? end - done : kDeltaChunk;
-      prepare(item, x, done, tokens, by_step);
+      const int64_t tokens = end - done < kDeltaBlock ? end - done : kDeltaBlock;
+      prepare(item, x, done, tokens);
       for (int64_t w = 0; w < item.group; ++w) {
         float* one = state + w * head_size;
-        if (by_step) {
-          const float* follows = w + 1 < item.group               ? one + head_size
-                                 : done + tokens == sequence.tokens ? next
-                                                                    : nullptr;
-          delta_step(x.block, w, one, kept_updates(item, x, w), kept, sequence.speculative,
-                     follows);
-        } else {
-          delta_chunk(x.block, w, one, w == 0);
-        }
+        const float* follows = w + 1 < item.group               ? one + head_size
+                               : done + tokens == sequence.tokens ? next
+                                                                  : nullptr;
+        delta_step(x.block, w, one, kept_updates(item, x, w), kept, sequence.speculative, follows);
       }
       gated_norm(item, x.block, done);
       if (sequence.speculative) {
@@ -505,7 +494,7 @@ void forward(const DeltaLayer& layer, const DeltaBatch& batch, void* scratch, co
   // The item before the one at hand: it runs when it is known what comes after it.
   int64_t before = 0, waiting_u = -1, waiting_b = 0;
   const auto run_waiting = [&](const float* next) {
-    if (waiting_u >= 0) run_item(item_of(waiting_u, waiting_b), x, batch.step_tokens, next);
+    if (waiting_u >= 0) run_item(item_of(waiting_u, waiting_b), x, next);
   };
   for (int64_t u = 0; u < U; ++u) {
     for (int64_t b = 0; b < batch.num_sequences; ++b) {

@@ -6,7 +6,7 @@
 
 namespace qnext::QNEXT_ISA {
 
-// Up to kDeltaChunk tokens of one key head, ready for the recurrence. C below is kDeltaChunk,
+// Up to kDeltaBlock tokens of one key head, ready for the recurrence. C below is kDeltaBlock,
 // r the value heads of the key head. All arrays are this thread's scratch.
 struct DeltaBlock {
   int64_t tokens;
@@ -15,12 +15,11 @@ struct DeltaBlock {
   float* k;       // [C][K], unit length
   float* qk;      // [C], q . k
   float* v;       // [r][C][M]
-  float* g;       // [r][C], logarithm of the decay
-  float* alpha;   // [r][C], exp(g)
+  float* alpha;   // [r][C], the decay
   float* beta;    // [r][C]
-  float* d;       // [r][C][M], corrections; step form only
+  float* d;       // [r][C][M], corrections
   float* out;     // [r][C][M], what the queries read
-  float* work;    // step: a private block of state; chunk: its matrices
+  float* work;    // a private block of state
 };
 
 // A token that was run earlier and is applied to the state now.
@@ -30,18 +29,13 @@ struct DeltaUpdate {
   float alpha;
 };
 
-// Floats of `work` each form needs.
+// Floats of `work`.
 int64_t delta_step_work(const DeltaShape& shape);
-int64_t delta_chunk_work(const DeltaShape& shape);
 
 // Run value head `w` (0 .. r-1) of the block token by token. First the `kept` updates are applied
 // to `state` [K][M]; then the block's tokens, which change `state` unless `speculative`. `next`: the
 // state that is read after this one, asked for while this one is in the cache; or null.
 void delta_step(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* updates,
                 int64_t kept, bool speculative, const float* next);
-
-// The same for a whole block solved at once. `products` says whether the block's K K^T and Q K^T
-// have still to be made: once for all value heads.
-void delta_chunk(const DeltaBlock& block, int64_t w, float* state, bool products);
 
 }  // namespace qnext::QNEXT_ISA

@@ -105,9 +105,9 @@ void sweep(int64_t rows, const float* src, int64_t src_stride, float* dst, int64
 template <int V, bool kTail>
 void finish(const DeltaBlock& block, int64_t w, int64_t t, const Sums<V>& sums, int64_t c,
             int tail) {
-  const int64_t row = (w * kDeltaChunk + t) * block.value_dim + c;
-  const Vec alpha = Vec::set(block.alpha[w * kDeltaChunk + t]);
-  const Vec beta = Vec::set(block.beta[w * kDeltaChunk + t]);
+  const int64_t row = (w * kDeltaBlock + t) * block.value_dim + c;
+  const Vec alpha = Vec::set(block.alpha[w * kDeltaBlock + t]);
+  const Vec beta = Vec::set(block.beta[w * kDeltaBlock + t]);
   const Vec qk = Vec::set(block.qk[t]);
   for (int j = 0; j < V; ++j) {
     const Vec v = load<V, kTail>(block.v + row, j, tail);
@@ -139,7 +139,7 @@ void walk(const DeltaBlock& block, int64_t w, float* state, const DeltaUpdate* u
   float* dst = speculative ? block.work : base;
   const int64_t dst_stride = speculative ? kWidth : M;
   for (int64_t t = 0; t < T; ++t) {
-    const int64_t at = w * kDeltaChunk + t, next = t + 1;
+    const int64_t at = w * kDeltaBlock + t, next = t + 1;
     // Once is enough, and the rows lie as those of the first sweep did.
     const float* far = t == 0 && c == 0 ? next_state : nullptr;
     const DeltaUpdate update = {block.k + t * K, block.d + at * M, block.alpha[at]};

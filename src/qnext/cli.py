@@ -518,9 +518,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--speculative", type=_drafts, default=0, metavar="K",
-        help="tokens the MTP head drafts per step, 0 to 4 or auto; the tokens stay the same "
-        "up to rounding "
-        "(default: %(default)s)",
+        help="tokens the MTP head drafts per step, 0 to 4 or auto; the tokens stay the same, "
+        "on PyTorch up to rounding (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--prefix-cache", action=argparse.BooleanOptionalAction, default=True,
@@ -537,8 +536,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="the same bits whatever else runs: native kernels in any dtype and with packed "
-        "weights, PyTorch's in float32 and bfloat16",
+        help="the same bits whatever else runs on PyTorch too (float32, bfloat16; slower), and a "
+        "check at the start; the native kernels always give them",
     )
 
 

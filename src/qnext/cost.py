@@ -423,7 +423,8 @@ def step_cost(
                 floats += operations
     seen = sum(rows * context + rows * (rows + 1) // 2 for context in contexts)
     floats += attention_flops(config) * seen
-    floats += delta_flops(config, chunked=rows >= CHUNK) * tokens
+    # Token by token: the native kernels run prompts so too, with the fewer operations.
+    floats += delta_flops(config) * tokens
     state = state_bytes_per_sequence(config) + conv_bytes_per_sequence(config, cache)
     return StepCost(
         weights=weights,

@@ -61,11 +61,12 @@ class LLM:
 
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
-    the MTP head drafts per step (0 for none, "auto" to decide by measurement); up to rounding the
-    tokens stay the same. ``prefix_cache`` lets prompts start where earlier ones were;
+    the MTP head drafts per step (0 for none, "auto" to decide by measurement); the tokens stay the
+    same. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
-    ``batch_invariant`` makes tokens and log-probabilities bit-identical whatever else runs: the
-    native kernels in any dtype and with packed weights, PyTorch's in float32 and bfloat16.
+    Tokens and log-probabilities of the native kernels are bit-identical whatever else runs;
+    ``batch_invariant`` makes those of PyTorch so, in float32 and bfloat16, and checks either at the
+    start. Without it PyTorch's differ by rounding (docs/numerics.md).
 
     ``cache_dir`` is a folder where prefixes survive a restart (it then holds what was said in
     conversations), of at most ``cache_disk_limit`` bytes per model; they are written when memory

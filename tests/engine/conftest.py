@@ -18,15 +18,12 @@ def exact_model(tiny_model) -> CausalLM:
 
 
 @pytest.fixture(scope="session")
-def native_models(tiny_model) -> dict[str, NativeModel]:
-    """The tiny model on the native kernels, by mode; skips where they do not run."""
+def native_model(tiny_model) -> NativeModel:
+    """The tiny model on the native kernels; skips where they do not run."""
     reason = native.unfit()
     if reason is not None:
         pytest.skip(reason)
-    return {
-        "exact": NativeModel.from_model(tiny_model, invariant=True),
-        "default": NativeModel.from_model(tiny_model),
-    }
+    return NativeModel.from_model(tiny_model)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ three with ``-m slow``). A failing row is printed and can be run alone.
 """
 
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -27,7 +26,7 @@ from composition import (
     composed_run,
 )
 from covering import Row, covering_array, is_ruled_out
-from routers import Routed, parted_at
+from routers import break_ties_as_in, following_routes, noting_routes
 
 from qnext import load_model, native, save_model
 from qnext.engine import engine as engine_module
@@ -82,6 +81,7 @@ COMPANY = (
 
 MODELS: dict[str, dict[str, object]] = {
     "torch": {"backend": "torch", "dtype": "float32"},
+    "torch bfloat16": {"backend": "torch", "dtype": "bfloat16"},
     "float32": {"backend": "native", "dtype": "float32"},
     "bfloat16": {"backend": "native", "dtype": "bfloat16"},
     "int8": {"backend": "native"},
@@ -189,7 +189,7 @@ def test_any_two_features_together_change_no_bit_of_other_weights(subjects, kind
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("tiny", "torch"), ("mini", "torch"), ("tiny", "float32"),
-     *(("mini", kind) for kind in MODELS if kind != "torch")],
+     *(("mini", kind) for kind in MODELS if "torch" not in kind)],
 )  # fmt: skip
 @pytest.mark.usefixtures("checked_once")
 def test_any_three_features_together_change_no_bit(subjects, name, kind):
@@ -245,55 +245,67 @@ def test_what_the_rows_are_about_does_happen(subjects, kind):
 # -- the ordinary mode ---------------------------------------------------------------------------
 
 
-def compare_all(subject: Subject, rows: list[Row]) -> Tally:
-    tally = Tally()
-    for row in rows:
-        plain = subject.plain(ask_of(row))
-        composed = composed_run(subject, row, plain)
-        try:
-            compare_under_tie_rule(plain, composed, tally)
-        except AssertionError as error:
-            raise AssertionError(f"{row}: {error}") from None
-        assert_it_happened(row, plain, composed)
-    return tally
+@pytest.fixture(scope="module")
+def tallies(subjects):
+    """What the rows of PyTorch's ordinary mode differ in, by dtype and strength; run once."""
+    made: dict[tuple[str, int], Tally] = {}
+
+    def find(kind: str, strength: int) -> Tally:
+        if (kind, strength) not in made:
+            tally, subject = Tally(), subjects("mini", kind, "ordinary")
+            rows = covering_array(TORCH_FACTORS, strength=strength, ruled_out=RULED_OUT)
+            for row in rows:
+                plain = subject.plain(ask_of(row))
+                composed = composed_run(subject, row, plain)
+                try:
+                    compare_under_tie_rule(plain, composed, tally)
+                except AssertionError as error:
+                    raise AssertionError(f"{row}: {error}") from None
+                assert_it_happened(row, plain, composed)
+            print(f"\nordinary mode, {kind}, {len(rows)} rows: {tally}")
+            made[kind, strength] = tally
+        return made[kind, strength]
+
+    return find
 
 
-def report(kind: str, subject: Subject, rows: list[Row]) -> Tally:
-    tally = compare_all(subject, rows)
-    print(f"\nordinary mode, {kind}, {len(rows)} rows: {tally}")
-    assert 0 < tally.accepted < tally.drafted
-    assert tally.furthest > 0.0  # another path was taken, or nothing would have been shown
-    # The rule excuses little: most positions have no rival at all.
-    assert tally.near_ties < tally.positions * (0.01 if "float32" in kind else 0.3)
-    return tally
-
-
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_in_ordinary_mode_features_differ_at_near_ties_only(subjects, kind):
-    assert report(kind, subjects("mini", kind, "ordinary"), QUIET_SINGLES).positions > 60
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only(subjects, kind):
-    assert report(kind, subjects("mini", kind, "ordinary"), QUIET_PAIRS).positions > 400
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_ordinary_mode_any_two_features_differ_at_near_ties_only_on_pytorch(dtype, unpacked):
-    subject = Subject(
-        folder=unpacked, text=STORY, messages=TALK, company=COMPANY, drafts_known=False,
-        options={"backend": "torch", "dtype": dtype},
-    )  # fmt: skip
-    assert report(f"pytorch {dtype}", subject, TORCH_PAIRS).positions > 400
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("row", QUIET_SINGLES, ids=short)
+def test_in_ordinary_mode_features_change_no_bit_on_the_native_kernels(subjects, kind, row):
+    check(subjects("mini", kind, "ordinary"), row)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-def test_in_ordinary_mode_any_three_features_differ_at_near_ties_only(subjects, kind):
+def test_in_ordinary_mode_any_three_features_change_no_bit_on_the_native_kernels(subjects, kind):
     subject = subjects("mini", kind, "ordinary")
-    report(kind, subject, covering_array(subject.factors, strength=3, ruled_out=RULED_OUT))
+    for row in covering_array(subject.factors, strength=3, ruled_out=RULED_OUT):
+        check(subject, row)
+
+
+STRENGTHS = [1, *(pytest.param(strength, marks=pytest.mark.slow) for strength in (2, 3))]
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("kind", ["torch", "torch bfloat16"])
+def test_in_ordinary_mode_features_differ_at_near_ties_only_on_pytorch(tallies, kind, strength):
+    tally = tallies(kind, strength)
+    assert tally.positions > 60 * strength**2
+    assert 0 < tally.accepted < tally.drafted
+    assert tally.furthest > 0.0  # another path was taken, or nothing would have been shown
+    # The rule excuses little: most positions have no rival at all.
+    assert tally.near_ties < tally.positions * (0.3 if "bfloat16" in kind else 0.01)
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("kind", ["torch", "torch bfloat16"])
+def test_in_ordinary_mode_log_probabilities_of_pytorch_move_within_the_bound(
+    request, tallies, kind, strength
+):
+    if kind == "torch" and strength > 1:
+        reason = "nine of 43,447 move by up to 2.2 of the bound in float32: docs/numerics.md"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+    assert not tallies(kind, strength).beyond
 
 
 # -- would the arrays notice? --------------------------------------------------------------------
@@ -497,13 +509,16 @@ def notices(subject: Subject, mistake, rows: list[Row], monkeypatch) -> bool:
         with monkeypatch.context() as patch:
             mistake(patch)
             composed = composed_run(subject, row, plain)
-        if subject.options.get("batch_invariant"):
+        if subject.is_exact:
             if composed.answers != plain.answers:
                 return True
             continue
+        tally = Tally()
         try:
-            compare_under_tie_rule(plain, composed, Tally())
+            compare_under_tie_rule(plain, composed, tally)
         except AssertionError:
+            return True
+        if tally.beyond:
             return True
     return False
 
@@ -528,10 +543,11 @@ def test_the_arrays_notice(subjects, monkeypatch, kind, mode, mistake):
 
 
 @pytest.mark.parametrize("mistake", OF_PYTORCH, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize(("name", "mode"), [("tiny", "independent"), ("mini", "ordinary")])
 @pytest.mark.usefixtures("checked_once")
-def test_the_arrays_notice_on_pytorch(subjects, monkeypatch, mistake):
+def test_the_arrays_notice_on_pytorch(subjects, monkeypatch, name, mode, mistake):
     rows = concerned(TORCH_PAIRS, OF_PYTORCH[mistake])
-    assert notices(subjects("tiny", "torch"), mistake, rows, monkeypatch), len(rows)
+    assert notices(subjects(name, "torch", mode), mistake, rows, monkeypatch), len(rows)
 
 
 def answer(ids: tuple[int, ...], logprob: float) -> Answer:
@@ -551,7 +567,6 @@ def answer(ids: tuple[int, ...], logprob: float) -> Answer:
         (answer((1, 6, 3), -1.0), "token 1 is 6 instead of 2"),
         (answer((1, 2, 4), -1.0), "token 2 is 4 instead of 3"),
         (answer((1, 2), -1.0), "answers of 3 and 2 equal tokens"),
-        (answer((1, 2, 3), -1.2), "further apart than 0.1"),
     ],
 )
 def test_the_tie_rule_excuses_rivals_and_nothing_else(other, complaint):
@@ -568,63 +583,75 @@ def test_the_tie_rule_excuses_rivals_and_nothing_else(other, complaint):
     else:
         with pytest.raises(AssertionError, match=complaint):
             compare_under_tie_rule(plain, composed, tally)
+    assert tally.furthest <= 0.5 + 1e-6
+    assert not tally.beyond
 
 
-def test_other_experts_are_excused_at_a_near_tie_of_their_router_only():
-    generator = torch.Generator().manual_seed(3)
-    tokens = [4, 5, 6, 7]
-    logits = torch.randn(4, 3, 8, generator=generator)
-    near, far = logits.clone(), logits.clone()
-    order = logits[2, 1].argsort(descending=True).tolist()
-    logits[2, 1, order[2]] = logits[2, 1, order[1]] - 1e-4
-    near[2, 1, order[2]] = logits[2, 1, order[1]] + 1e-4
-    far[2, 1, order[7]] = 9.0
-    one = [Routed((), [4], logits[:1]), Routed((4,), [5, 6, 7], logits[1:])]
-
-    def first(other, ids=tokens, before=(), bound=1e-3):
-        other = [Routed(before, ids, other)]
-        return parted_at(one, other, tokens, experts=2, bound=bound)
-
-    assert first(logits) == math.inf
-    assert first(near) == 2
-    with pytest.raises(AssertionError, match="token 2 has other experts in layer 1, at a margin"):
-        first(far, bound=1e-5)
-    # Behind other tokens they are another matter.
-    assert first(far, [4, 9, 6, 7]) == math.inf
-    assert first(far[2:], [6, 7], before=(4, 9)) == math.inf
-    # What follows a parting may follow from it; what comes before it may not.
-    near[3, 0] = -near[3, 0]
-    assert first(near) == 2
-    near[2, 0] = -near[2, 0]
-    with pytest.raises(AssertionError, match="token 2 has other experts in layer 0, at a margin"):
-        first(near)
+def test_log_probabilities_beyond_the_bound_are_noted():
+    plain = Plain(
+        params=SamplingParams(), prompt_ids=(), answers=[answer((1, 2), -1.0)],
+        rivals=[[(), ()]], slacks=[[0.1, 0.1]],
+    )  # fmt: skip
+    tally = Tally()
+    composed = Composed(
+        answers=[answer((1, 2), -1.2)], cached=[0], drafted=0, accepted=0, parkings=0
+    )
+    compare_under_tie_rule(plain, composed, tally)
+    assert len(tally.beyond) == tally.logprobs == 2
+    assert "log-probabilities -1.0 and -1.2 are further apart than 0.1" in tally.beyond[0]
 
 
-def test_the_routers_of_every_row_are_seen(subjects):
-    """On both backends, of prompts in pieces and of decoding steps in a row, whatever else runs."""
-    for kind in ("torch", "float32"):
-        subject = subjects("mini", kind, "ordinary")
-        rows = {}
-        for company in (0, 2):
-            llm = subject.open(max_batch_tokens=40, max_num_seqs=4)
-            others = [llm.stream(text) for text in COMPANY[:company]]
-            with subject.noting(llm) as pieces:
-                [answer] = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=20))
-                assert all(list(other) for other in others)
-            tokens = (*llm.tokenizer.encode(STORY), *answer.token_ids)
-            seen = {}
-            for piece in pieces:
-                run = (*piece.before, *piece.ids)
-                if run == tokens[: len(run)]:
-                    seen |= dict(enumerate(piece.logits, len(piece.before)))
-            assert sorted(seen) == list(range(len(tokens) - 1))
-            rows[company] = torch.stack([seen[position] for position in sorted(seen)])
-            assert bool(company) == (sum(len(piece.ids) for piece in pieces) > len(seen))
-            llm.close()
-        # Layers, experts; and they are those of the same tokens.
-        config = subject.alone.config
-        assert rows[0].shape[1:] == (config.num_hidden_layers, config.num_experts)
-        torch.testing.assert_close(rows[0], rows[2], rtol=0.0, atol=1e-4)
+def test_near_ties_of_routers_are_broken_alike_and_nothing_else():
+    one = torch.tensor([3.0, 2.0, 1.0002, 1.0, -1.0])
+    for other, found in (
+        ([3.1, 2.1, 1.0, 1.0003, -1.0], [3.1, 2.1, 1.0003, 1.0, -1.0]),
+        ([3.0, 2.0, 1.5, 1.0, -1.0], None),
+    ):
+        other_E = torch.tensor(other)
+        want = other_E.clone() if found is None else torch.tensor(found)
+        assert break_ties_as_in(one, other_E, experts=3, bound=1e-3) == (found is not None)
+        assert torch.equal(other_E, want)
+        assert set(other_E.topk(3).indices.tolist()) == {0, 1, 2}
+    # What changes places must be as close in the run that is followed, whoever else is.
+    for other, bound in (([3.0, 2.0, 1.0, 1.1, -1.0], 1e-5), ([3.0, 2.0, 0.0, 0.5, 1.1], 1e-3)):
+        other_E = torch.tensor(other)
+        with pytest.raises(ValueError, match="other experts, at a margin of"):
+            break_ties_as_in(one, other_E, experts=3, bound=bound)
+        assert torch.equal(other_E, torch.tensor(other))
+
+
+def test_the_routers_of_every_token_are_followed(subjects):
+    """Of prompts in pieces and of decoding steps, whatever else runs; and then they decide."""
+    subject = subjects("mini", "torch", "ordinary")
+    wish = SamplingParams(temperature=0.0, max_tokens=20)
+    with noting_routes(subject.alone.engine) as routes:
+        [answer] = subject.alone.generate(STORY, wish)
+    tokens = (*subject.alone.tokenizer.encode(STORY), *answer.token_ids)
+    assert {len(context) for context in routes} == set(range(1, len(tokens)))
+    assert all(context == tokens[: len(context)] for context in routes)
+    config = subject.alone.config
+    shapes = {tuple(torch.stack(layers).shape) for layers in routes.values()}
+    assert shapes == {(config.num_hidden_layers, config.num_experts)}
+    for changed in (False, True):
+        # Experts are numbered from the other end: no rounding does that.
+        wanted = {c: [x.flip(0) for x in layers] for c, layers in routes.items()}
+        llm = subject.open(max_batch_tokens=40, max_num_seqs=4)
+        others = [llm.stream(text) for text in COMPANY[:2]]
+        with following_routes(llm.engine, wanted if changed else routes, 1e-5) as followed:
+            [again] = llm.generate(STORY, wish)
+            assert all(list(other) for other in others)
+        llm.close()
+        assert again.token_ids == answer.token_ids
+        places = len(routes) * config.num_hidden_layers
+        assert places * 0.95 < len(followed.complaints) <= places if changed else (
+            not followed.complaints
+        )  # fmt: skip
+    # A bound as wide as the logits lets the other run decide everything.
+    with following_routes(subject.alone.engine, wanted, 100.0) as followed:
+        [other] = subject.alone.generate(STORY, wish)
+    assert not followed.complaints
+    assert followed.broken_alike > places
+    assert other.token_ids != answer.token_ids
 
 
 # -- the promise ---------------------------------------------------------------------------------

@@ -129,8 +129,8 @@ def test_narrow_and_general_rows_name_the_same_rivals():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bound_covers_some_roundings_and_no_more(dtype):
     eps = torch.finfo(dtype).eps
-    assert 4 * eps < tie_bound(dtype, 8) < 128 * eps
-    assert tie_bound(dtype, 48) < 256 * eps
+    assert 4 * eps < tie_bound(dtype, 8) < 32 * eps
+    assert tie_bound(dtype, 48) < 64 * eps
 
 
 def test_the_engine_counts_near_ties(tiny_model):
@@ -152,31 +152,6 @@ def test_the_engine_counts_near_ties(tiny_model):
 # -- is the bound large enough? ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory):
-    """The embedded model, which ships in 8 bits, in float32."""
-    folder = tmp_path_factory.mktemp("models") / "qnext-mini"
-    save_model(load_model("qnext-mini", dtype="float32"), folder)
-    return folder
-
-
-def test_the_bound_follows_what_activations_are_rounded_to(unpacked):
-    """Before products with packed weights, or with bfloat16 ones, they are not float32."""
-    if native.unfit() is not None:
-        pytest.skip(f"no native kernels here: {native.unfit()}")
-    options = {"backend": "native", "memory": "64MiB", "threads": 1}
-    for folder, dtype, coarsest in (
-        (unpacked, "float32", torch.float32),
-        (unpacked, "bfloat16", torch.bfloat16),
-        ("qnext-mini", "float32", torch.bfloat16),
-        ("qnext-mini", "bfloat16", torch.bfloat16),
-    ):
-        engine = LLM(folder, dtype=dtype, **options).engine
-        assert engine.tie_bound == tie_bound(
-            coarsest, engine.runner.native.config.num_hidden_layers
-        )
-
-
 TEXTS = (
     "README.md",
     "docs/architecture.md",
@@ -186,15 +161,28 @@ TEXTS = (
 )
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The embedded model, which ships in 8 bits, in float32."""
+    folder = tmp_path_factory.mktemp("models") / "qnext-mini"
+    save_model(load_model("qnext-mini", dtype="float32"), folder)
+    return folder
+
+
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_margins_of_the_best_move_by_less_than_the_bound(backend, unpacked):
-    """Texts the model was not trained for, as a whole and token by token, in float32."""
+def test_how_far_margins_of_the_best_move(backend, unpacked):
+    """Texts the model was not trained for, as a whole and token by token, in float32.
+
+    On the native kernels both are the same run. On PyTorch one position in a hundred moves by more
+    than the bound: a token there could be chosen otherwise and not be counted as a near-tie, if its
+    margin were as small.
+    """
     if backend == "native" and native.unfit() is not None:
         pytest.skip(f"no native kernels here: {native.unfit()}")
     llm = LLM(unpacked, backend=backend, dtype="float32", memory="64MiB", threads=1)
     runner, bound = llm.engine.runner, llm.engine.tie_bound
     assert bound is not None
-    furthest = rows = 0
+    found = []
     for name in TEXTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         for start in range(0, 3500, 700 if backend == "native" else 3000):
@@ -217,9 +205,16 @@ def test_margins_of_the_best_move_by_less_than_the_bound(backend, unpacked):
             whole, single = logits([len(ids)]), logits([1] * len(ids))
             top, best = whole.topk(5, dim=-1)
             moved = (single - whole).gather(1, best)
-            margins = moved.amax(1) - moved.amin(1)
-            furthest = max(furthest, float((margins / tolerance(top[:, 0], bound)).max()))
-            rows += len(ids)
-    print(f"\n{backend}, {rows} positions: margins move by up to {furthest:.2f} of the bound")
-    assert rows > 1500
-    assert 0.1 < furthest <= 1.0
+            found.append((moved.amax(1) - moved.amin(1)) / tolerance(top[:, 0], bound))
+    margins = torch.cat(found)
+    beyond = float((margins > 1.0).double().mean())
+    print(
+        f"\n{backend}, {len(margins)} positions: margins move by {float(margins.median()):.2f} of "
+        f"the bound in the median, {float(margins.max()):.2f} at most, {beyond:.1%} by more than it"
+    )
+    assert len(margins) > 1500
+    if backend == "native":
+        assert not margins.any()
+    else:
+        assert 0.01 < float(margins.median()) < 0.5
+        assert beyond < 0.03

@@ -27,7 +27,7 @@ WISHES = [
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> NativeModel:
-    return NativeModel.from_model(tiny_model, invariant=True)
+    return NativeModel.from_model(tiny_model)
 
 
 def run(model: NativeModel, *, lanes: bool, drafts: int | str, **options):

@@ -203,7 +203,6 @@ class OurSession:
             vocabulary,
             -1.0,
             0.0,
-            model.invariant,
         )
         self._experts += decoder.experts_read
         kept = self._kept

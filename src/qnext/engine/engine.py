@@ -143,7 +143,7 @@ class Engine:
             defined_ids=min(defined_ids or config.vocab_size, config.vocab_size),
             speculative_tokens=setting,
             snapshot_interval=snapshot_interval,
-            tie_bound=tie_bound(model.rounds_to, config.num_hidden_layers),
+            tie_bound=tie_bound(model.dtype, config.num_hidden_layers),
             state_bytes=sizes.state_bytes,
             page_bytes=sizes.page_bytes,
             context_share=cost.attention_flops(config)

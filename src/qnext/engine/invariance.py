@@ -30,11 +30,6 @@ COMPANY = (1, 30, 7)
 def check_path_independence(model: CausalLM | NativeModel) -> None:
     """Raise BackendError, naming the layer, if a split changes a bit of a hidden row."""
     config = model.config
-    if isinstance(model, NativeModel) and not model.invariant:
-        raise BackendError(
-            "batch_invariant: the native model was not built for it. Build it with invariant=True, "
-            "or leave batch_invariant out."
-        )
     tokens = min(TOKENS, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (tokens,), generator=generator)

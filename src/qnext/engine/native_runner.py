@@ -234,7 +234,6 @@ class NativeRunner(Runner):
             defined_ids,
             tie_bound,
             least_share,
-            self.native.invariant,
             rounds,
             WITHIN_S,
         )
@@ -298,7 +297,6 @@ class NativeRunner(Runner):
             hidden=hidden,
             logit_rows=np.array(rows, dtype=np.int32),
             logits=logits,
-            invariant=self.native.invariant,
             **({} if routes is None else {"routes": routes}),
         )
         self.routes = None if routes is None else routes.swapaxes(0, 1)
@@ -333,7 +331,6 @@ class NativeRunner(Runner):
             self._take_backlog(works).float().contiguous().numpy(),
             list(counts),
             least_share,
-            self.native.invariant,
         )
 
     def _mtp(self, works: Sequence[MtpWork], hidden: Tensor) -> Tensor:
@@ -351,7 +348,6 @@ class NativeRunner(Runner):
             hidden=out,
             logit_rows=rows,
             logits=logits,
-            invariant=self.native.invariant,
         )
         for work, row in zip(works, rows, strict=True):
             self._drafting[work.slot] = out[row]

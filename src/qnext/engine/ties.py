@@ -1,10 +1,11 @@
-"""Which choices hang by rounding: the tie rule of the ordinary mode.
+"""Which choices hang by rounding: the tie rule of the ordinary mode on PyTorch.
 
 Two ways to compute the same logits (another batch, another split of the prompt, with drafts or
-without) differ in their last bits, and a choice between two almost equal candidates may fall the
-other way. What counts as almost equal is stated here and nowhere else: a position is a *near-tie*
-when moving every logit by at most half of ``tie_bound`` could change the chosen token. Two runs of
-a request may part at a near-tie only; the engine counts those it meets (``Usage.near_ties``).
+without) differ there in their last bits, and a choice between two almost equal candidates may fall
+the other way. What counts as almost equal is stated here and nowhere else: a position is a
+*near-tie* when moving every logit by at most half of ``tie_bound`` could change the chosen token.
+Two runs of a request may part at a near-tie only; the engine counts those it meets
+(``Usage.near_ties``).
 A router may choose other experts where its own logits are as close; that is not counted.
 """
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 ULPS_PER_ROOT_LAYER = {
-    torch.float64: 32.0,
-    torch.float32: 32.0,
+    torch.float64: 8.0,
+    torch.float32: 8.0,
     torch.bfloat16: 2.0,
     torch.float16: 2.0,
 }

@@ -84,11 +84,6 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     @property
-    def rounds_to(self) -> torch.dtype:
-        """The coarsest that activations are rounded to."""
-        return self.dtype
-
-    @property
     def has_mtp(self) -> bool:
         """Whether there is a multi-token-prediction head."""
         return self.mtp is not None

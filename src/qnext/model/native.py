@@ -106,8 +106,8 @@ class NativeModel:
     ``weights`` maps the checkpoint's tensor names to tensors or packed weights; experts may be
     stacked under ``mlp.experts.gate_up_proj`` and ``mlp.experts.down_proj``, and gate and up of a
     dense part packed as one ``gate_up_proj.weight``. ``dtype`` is that of keys, values and
-    convolution windows. With ``invariant`` a token's numbers depend on the tokens before it alone,
-    not on batch, chunks, drafts or threads. ``pack_drafts`` packs a matrix of the MTP layer, or of
+    convolution windows. A token's numbers depend on the tokens before it alone, not on batch,
+    chunks, drafts or threads. ``pack_drafts`` packs a matrix of the MTP layer, or of
     the head it drafts with, which changes drafts and never tokens; None leaves them as they are.
     Raises BackendError when ``unfit`` has a reason.
     """
@@ -118,14 +118,12 @@ class NativeModel:
         weights: Mapping[str, Weight],
         *,
         dtype: torch.dtype,
-        invariant: bool = False,
         pack_drafts: Callable[[Tensor], Packed] | None = None,
     ) -> None:
         reason = unfit(config, dtype)
         if reason is not None:
             raise BackendError(reason)
         self.config, self.dtype, self.device = config, dtype, torch.device("cpu")
-        self.invariant = invariant
         self.has_mtp = "mtp.fc.weight" in weights
         self.module: Any = native.load()
         self._native = self.module
@@ -147,32 +145,18 @@ class NativeModel:
         cls,
         model: CausalLM,
         *,
-        invariant: bool = False,
         pack_drafts: Callable[[Tensor], Packed] | None = None,
     ) -> "NativeModel":
         """The native twin of a model; both read the same tensors."""
         weights: dict[str, Weight] = dict(model.state_dict())
-        return cls(
-            model.config, weights, dtype=model.dtype, invariant=invariant, pack_drafts=pack_drafts
-        )
+        return cls(model.config, weights, dtype=model.dtype, pack_drafts=pack_drafts)
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """What runs: the instruction set, and the formats of the weights."""
-        found = ", ".join(sorted(self._formats))
-        return f"decoder: native ({self._native.isa()})", f"weights: {found}"
-
-    @property
-    def rounds_to(self) -> torch.dtype:
-        """The coarsest that activations are rounded to, in the cache or before a product.
-
-        Before products with packed weights they become integers, about as coarse as bfloat16.
-        """
-        return torch.float32 if self._formats == {"f32"} else torch.bfloat16
-
-    @property
-    def _formats(self) -> set[str]:
-        return {_format_of(weight) for weight in self._weights.values()}
+        n = self._native
+        found = sorted({_format_of(weight) for weight in self._weights.values()})
+        return f"decoder: native ({n.isa()})", f"weights: {', '.join(found)}"
 
     def draft_head(self, defined_ids: int) -> DraftHead:
         """A copy of the head's rows for the likeliest of the ids below ``defined_ids``."""

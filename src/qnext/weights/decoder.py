@@ -42,7 +42,8 @@ def load_decoder(
     does not. ``quantization`` (``int8``, ``int4`` or the bits of every part) packs the weights of
     an unpacked folder while it is read; that and packed folders are what the native kernels are
     for, PyTorch unpacks them to ``dtype``. With ``batch_invariant`` a token's numbers depend on
-    the tokens before it alone; PyTorch can promise that in float32 and bfloat16.
+    the tokens before it alone: on the native kernels they always do, PyTorch can promise it in
+    float32 and bfloat16.
 
     Raises BackendError when what was asked for cannot run here, CheckpointError and ConfigError for
     the folder.
@@ -85,12 +86,8 @@ def load_decoder(
     elif name == config.dtype:
         found = pack_model(folder, 16)
     else:
-        return NativeModel.from_model(
-            load_model(folder, dtype=dtype), invariant=batch_invariant, pack_drafts=pack_q8
-        )
-    return NativeModel(
-        found.config, found.weights, dtype=kind, invariant=batch_invariant, pack_drafts=pack_q8
-    )
+        return NativeModel.from_model(load_model(folder, dtype=dtype), pack_drafts=pack_q8)
+    return NativeModel(found.config, found.weights, dtype=kind, pack_drafts=pack_q8)
 
 
 def _invariant_ops(name: str, device: str) -> Ops:
