@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qnext import __version__, serve_command
 from qnext.errors import QnextError, RequestError
+from qnext.imports import uncollected
 
 if TYPE_CHECKING:
     from qnext.engine.request import SamplingParams
@@ -259,9 +260,10 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
 
 
 def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
-    import torch
+    with uncollected():
+        import torch
 
-    from qnext.llm import LLM
+        from qnext.llm import LLM
 
     if arguments.cache_dir is not None and arguments.command != "serve":
         # What was said is written to the folder on the way out; the server has its own way.
