@@ -1,5 +1,6 @@
 """Importing large libraries in a process of our own."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,5 +20,7 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        # The kernels' module is let go of at exit like everything else, or would warn of leaks.
+        atexit.register(gc.unfreeze)
         if was_enabled:
             gc.enable()
