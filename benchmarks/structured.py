@@ -8,8 +8,9 @@ waits until another thread has; a second one around masks alone, and a third aro
 which may work beside the model's forward. The goal is held against the first. Greedy choices are
 tried first; behind a filter every choice needs its mask. How fast are answers with a grammar when
 drafts are made, against none: paired rounds in an order drawn anew, the median of the ratios and
-its 95% interval. And what path-independent mode costs, in the same way, on both backends, without a
-grammar. The time of a run is that of whole answers, prompts included.
+its 95% interval. And what path-independent mode costs on PyTorch, in the same way, without a
+grammar; the native kernels are always path-independent. The time of a run is that of whole answers,
+prompts included.
 """
 
 import argparse
@@ -275,41 +276,36 @@ def speed_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
-    """Rows about path-independent mode."""
+    """Rows about path-independent mode on PyTorch: the native kernels have no other."""
     rows = []
-    backends = ["torch", *(["native"] if native.unfit() is None else [])]
-    for backend in backends:
-        modes = {
-            is_equal: LLM(
-                args.model, dtype=args.dtype, backend=backend, batch_invariant=is_equal,
-                memory="64MiB", max_num_seqs=1,
-            )
-            for is_equal in (False, True)
-        }  # fmt: skip
-        rounds = args.rounds if backend == "native" else max(args.rounds // 2, 3)
-        tokens = args.tokens if backend == "native" else max(args.tokens // 4, 8)
-        for batch in args.batches:
-            found = compare(
-                {is_equal: engine_of(llm, batch, 0) for is_equal, llm in modes.items()},
-                lambda number, batch=batch, tokens=tokens, llm=modes[False]: _questions(
-                    llm, batch, number, tokens
-                ),
-                rounds=rounds, label=f"{backend}, {batch} at a time", seed=args.seed,
-            )  # fmt: skip
-            (ratio, low, high), rate = found[True]
-            price = 1.0 - ratio
-            dtype = str(modes[True].model.dtype).removeprefix("torch.")
-            rows.append(
-                {
-                    "what": f"Path-independent, {backend}, batch {batch}",
-                    "value": f"{price:.1%} slower ({1.0 - high:.1%} to {1.0 - low:.1%}): "
-                    f"{rate:.0f} and {found[False][1]:.0f} tokens/s",
-                    "goal": f"at most {GOAL_PRICE:.0%}",
-                    "met": "yes" if price <= GOAL_PRICE else "no",
-                    "conditions": f"{modes[True].name}, {dtype}, greedy, {tokens} tokens, "
-                    f"{rounds} paired rounds",
-                }
-            )
+    modes = {
+        is_equal: LLM(
+            args.model, dtype=args.dtype, backend="torch", batch_invariant=is_equal,
+            memory="64MiB", max_num_seqs=1,
+        )
+        for is_equal in (False, True)
+    }  # fmt: skip
+    rounds, tokens = max(args.rounds // 2, 3), max(args.tokens // 4, 8)
+    for batch in args.batches:
+        found = compare(
+            {is_equal: engine_of(llm, batch, 0) for is_equal, llm in modes.items()},
+            lambda number, batch=batch: _questions(modes[False], batch, number, tokens),
+            rounds=rounds, label=f"torch, {batch} at a time", seed=args.seed,
+        )  # fmt: skip
+        (ratio, low, high), rate = found[True]
+        price = 1.0 - ratio
+        dtype = str(modes[True].model.dtype).removeprefix("torch.")
+        rows.append(
+            {
+                "what": f"Path-independent, torch, batch {batch}",
+                "value": f"{price:.1%} slower ({1.0 - high:.1%} to {1.0 - low:.1%}): "
+                f"{rate:.0f} and {found[False][1]:.0f} tokens/s",
+                "goal": f"at most {GOAL_PRICE:.0%}",
+                "met": "yes" if price <= GOAL_PRICE else "no",
+                "conditions": f"{modes[True].name}, {dtype}, greedy, {tokens} tokens, "
+                f"{rounds} paired rounds",
+            }
+        )
     return rows
 
 

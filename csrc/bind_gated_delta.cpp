@@ -177,7 +177,6 @@ void gated_delta(Array<const float> qkvz, Array<const float> ba, Array<const flo
 }  // namespace
 
 void bind_gated_delta(nb::module_& m) {
-  m.attr("DELTA_BLOCK") = kDeltaBlock;
   m.def("gated_delta", &gated_delta, nb::arg("qkvz"), nb::arg("ba"), nb::arg("conv_weight"),
         nb::arg("a_log"), nb::arg("dt_bias"), nb::arg("norm_weight"), nb::arg("eps"),
         nb::arg("state"), nb::arg("window"), nb::arg("pending"), nb::arg("pending_window"),

@@ -419,7 +419,8 @@ void run_item(const Item& item, Scratch& x, const float* next) {
         const float* follows = w + 1 < item.group               ? one + head_size
                                : done + tokens == sequence.tokens ? next
                                                                   : nullptr;
-        delta_step(x.block, w, one, kept_updates(item, x, w), kept, sequence.speculative, follows);
+        const DeltaUpdate* updates = kept ? kept_updates(item, x, w) : nullptr;
+        delta_step(x.block, w, one, updates, kept, sequence.speculative, follows);
       }
       gated_norm(item, x.block, done);
       if (sequence.speculative) {

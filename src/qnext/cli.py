@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qnext import __version__, serve_command
 from qnext.errors import QnextError, RequestError
-from qnext.imports import uncollected
+from qnext.imports import import_engine
 
 if TYPE_CHECKING:
     from qnext.engine.request import SamplingParams
@@ -81,6 +81,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Talk with a model in the terminal."""
+    import_engine()
     from qnext.prompt_history import PromptHistory, default_file
     from qnext.terminal_chat import TerminalChat
 
@@ -109,6 +110,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve a model and a chat page over HTTP."""
+    import_engine()
     return serve_command.serve(arguments, _load)
 
 
@@ -260,10 +262,10 @@ def _in_options(message: str, arguments: argparse.Namespace) -> str:
 
 
 def _load(arguments: argparse.Namespace, **options: Any) -> "LLM":
-    with uncollected():
-        import torch
+    import_engine()
+    import torch
 
-        from qnext.llm import LLM
+    from qnext.llm import LLM
 
     if arguments.cache_dir is not None and arguments.command != "serve":
         # What was said is written to the folder on the way out; the server has its own way.

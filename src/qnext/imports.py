@@ -2,22 +2,23 @@
 
 import atexit
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile, and never look at what is there at the end again.
+def import_engine() -> None:
+    """Import torch and the engine, if nobody has, without looking for garbage meanwhile.
 
-    Importing torch makes hundreds of thousands of objects that all stay. Looking for garbage among
-    them, again and again, takes a fifth of the time to the first token of a small model. For
-    processes that are only qnext: whoever imports it keeps their own garbage collector.
+    torch makes hundreds of thousands of objects that all stay, and looking for garbage among them,
+    again and again, takes a good part of a start. What is there at the end is never looked at
+    again. For processes that are only qnext: a program that imports it as a library keeps its own
+    garbage collector.
     """
+    if "torch" in sys.modules:
+        return
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        import qnext.llm  # noqa: F401
     finally:
         gc.freeze()
         # The kernels' module is let go of at exit like everything else, or would warn of leaks.

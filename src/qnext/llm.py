@@ -62,7 +62,7 @@ class LLM:
     ``memory`` bounds the cache ("2GiB", "512MiB" or bytes). ``max_model_len`` bounds prompt and
     answer together; by default the model's own limit. ``speculative_tokens`` is how many tokens
     the MTP head drafts per step (0 for none, "auto" to decide by measurement); the tokens stay the
-    same. ``prefix_cache`` lets prompts start where earlier ones were;
+    same, on PyTorch up to rounding. ``prefix_cache`` lets prompts start where earlier ones were;
     ``background_prefill`` also lets ``idle`` prepare the next turn of conversations.
     Tokens and log-probabilities of the native kernels are bit-identical whatever else runs;
     ``batch_invariant`` makes those of PyTorch so, in float32 and bfloat16, and checks either at the

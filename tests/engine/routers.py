@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from qnext.engine import ties
@@ -54,43 +55,64 @@ def noting_routes(engine: Engine) -> Iterator[Routes]:
 @contextmanager
 def following_routes(engine: Engine, routes: Routes, bound: float) -> Iterator[Followed]:
     """Let a PyTorch engine break the ties of its routers as in ``routes``."""
-    followed, experts = Followed(), engine.runner.model.config.num_experts_per_tok
+    followed, model = Followed(), engine.runner.model
+    choose = chooser_of(model.ops.route, model.config.num_experts_per_tok)
 
     def follow(layer: int, contexts: Sequence[tuple[int, ...]], logits_PE: Tensor) -> Tensor:
+        rows = [row for row, context in enumerate(contexts) if context in routes]
+        if not rows:
+            return logits_PE
         logits_PE = logits_PE.clone()
-        for row, context in enumerate(contexts):
-            if context in routes:
-                try:
-                    ties_broken = break_ties_as_in(
-                        routes[context][layer], logits_PE[row], experts=experts, bound=bound
-                    )
-                except ValueError as error:
-                    place = f"token {len(context) - 1} in layer {layer}"
-                    followed.complaints.append(f"{place}: {error}")
-                else:
-                    followed.broken_alike += ties_broken
+        wanted_RE = torch.stack([routes[contexts[row]][layer] for row in rows])
+        others_R = (choose(wanted_RE) != choose(logits_PE[rows])).any(-1)
+        for i in others_R.nonzero()[:, 0].tolist():
+            row = rows[i]
+            try:
+                followed.broken_alike += break_ties_as_in(
+                    wanted_RE[i], logits_PE[row], choose=choose, bound=bound
+                )
+            except ValueError as error:
+                place = f"token {len(contexts[row]) - 1} in layer {layer}"
+                followed.complaints.append(f"{place}: {error}")
         return logits_PE
 
     with _watching_routers(engine, follow):
         yield followed
 
 
-def break_ties_as_in(one_E: Tensor, other_E: Tensor, *, experts: int, bound: float) -> int:
-    """Let ``other_E`` choose the ``experts`` that ``one_E`` does; how many were others before.
+Choose = Callable[[Tensor], Tensor]
+"""Logits [R, E] -> the experts that run [R, k], in rising order."""
+
+
+def chooser_of(route: Callable[..., Any], experts: int) -> Choose:
+    """What the op ``route`` chooses: of probabilities, which can be equal where logits are not."""
+
+    def choose(logits_RE: Tensor) -> Tensor:
+        _, ids_RX = route(logits=logits_RE, slots=experts, rescale=True)
+        return ids_RX.sort(dim=-1).values
+
+    return choose
+
+
+def break_ties_as_in(one_E: Tensor, other_E: Tensor, *, choose: Choose, bound: float) -> int:
+    """Let ``other_E`` choose the experts that ``one_E`` does; how many were others before.
 
     Its logits are exchanged where ties fell otherwise. Raise ValueError, and change nothing, unless
-    all experts that change places are within ``bound`` times the largest logit in ``one_E``.
+    in both all experts that change places are within ``bound`` times the largest logit.
     """
-    mine, theirs = (set(x.topk(experts).indices.tolist()) for x in (one_E, other_E))
+    mine, theirs = (set(choose(x[None])[0].tolist()) for x in (one_E, other_E))
     left_out, let_in = sorted(mine - theirs), sorted(theirs - mine)
     if not left_out:
         return 0
-    margin = float(one_E[left_out].max() - one_E[let_in].min())
-    slack = ties.tolerance_of(float(one_E.max()), bound)
-    if margin > slack:
-        raise ValueError(f"other experts, at a margin of {margin} and not {slack}")
-    places = [*left_out, *let_in]
-    other_E[places] = other_E[[*let_in, *left_out]]
+    for x, above, below in ((one_E, left_out, let_in), (other_E, let_in, left_out)):
+        margin, slack = x[above].max() - x[below].min(), ties.tolerance_of(float(x.max()), bound)
+        if margin > slack:
+            raise ValueError(f"other experts, at a margin of {float(margin)} and not {slack}")
+    other_E[[*left_out, *let_in]] = other_E[[*let_in, *left_out]]
+    if set(choose(other_E[None])[0].tolist()) != mine:
+        # They were equal, as logits or as probabilities.
+        other_E[let_in] -= slack
+    assert set(choose(other_E[None])[0].tolist()) == mine
     return len(left_out)
 
 

@@ -1,8 +1,9 @@
 """Every feature with every other: tokens and log-probabilities are those of the plain run.
 
-In path-independent mode they are equal bit by bit; in the ordinary mode they may part at near-ties
-(``qnext.engine.ties``). The rows are a covering array: any two settings meet in one of them (any
-three with ``-m slow``). A failing row is printed and can be run alone.
+On the native kernels and in path-independent mode they are equal bit by bit; in the ordinary mode
+of PyTorch they may part at near-ties (``qnext.engine.ties``). The rows are a covering array: any
+two settings meet in one of them (any three with ``-m slow``). A failing row is printed and can be
+run alone.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from composition import (
     composed_run,
 )
 from covering import Row, covering_array, is_ruled_out
-from routers import break_ties_as_in, following_routes, noting_routes
+from routers import break_ties_as_in, chooser_of, following_routes, noting_routes
 
 from qnext import load_model, native, save_model
 from qnext.engine import engine as engine_module
@@ -39,6 +40,7 @@ from qnext.engine.runner import Runner
 from qnext.errors import BackendError
 from qnext.model.cache import HybridCache
 from qnext.model.native import DeferredCache
+from qnext.ops.route import route_reference
 
 PAIRS = covering_array(NATIVE_FACTORS, ruled_out=RULED_OUT)
 TORCH_PAIRS = covering_array(TORCH_FACTORS, ruled_out=RULED_OUT)
@@ -46,7 +48,7 @@ QUIET_PAIRS = covering_array(
     {name: values for name, values in NATIVE_FACTORS.items() if name != "threads"},
     ruled_out=RULED_OUT,
 )
-"""With one thread: how work is shared out does not depend on the model or the mode."""
+"""With one thread: how work is shared out does not depend on the model."""
 SINGLES = covering_array(NATIVE_FACTORS, strength=1, ruled_out=RULED_OUT)
 QUIET_SINGLES = covering_array(
     {name: values for name, values in NATIVE_FACTORS.items() if name != "threads"},
@@ -99,7 +101,7 @@ def unpacked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subjects(tiny_folder, unpacked):
-    """By name: "tiny" is a random model, "mini" the embedded one; "ordinary" promises less."""
+    """By name: "tiny" is a random model, "mini" the embedded one; by mode."""
     made: dict[tuple[str, ...], Subject] = {}
 
     def find(name: str, kind: str, mode: str = "independent") -> Subject:
@@ -128,9 +130,9 @@ def checked_once(monkeypatch):
     monkeypatch.setattr(engine_module, "check_path_independence", lambda model: None)
 
 
-def check(subject: Subject, row: Row):
-    """Bit by bit."""
-    plain = subject.plain(ask_of(row))
+def check(subject: Subject, row: Row, plain_of: Subject | None = None):
+    """Bit by bit, beside the plain run of the same subject or of another."""
+    plain = (plain_of or subject).plain(ask_of(row))
     composed = composed_run(subject, row, plain)
     assert composed.answers == plain.answers, row
     assert_it_happened(row, plain, composed)
@@ -195,8 +197,12 @@ def test_any_two_features_together_change_no_bit_of_other_weights(subjects, kind
 def test_any_three_features_together_change_no_bit(subjects, name, kind):
     subject = subjects(name, kind)
     drafted = accepted = 0
-    for row in covering_array(subject.factors, strength=3, ruled_out=RULED_OUT):
-        composed = check(subject, row)
+    rows = covering_array(subject.factors, strength=3, ruled_out=RULED_OUT)
+    for number, row in enumerate(rows):
+        # On the native kernels every other row does not even ask for it.
+        is_asked = number % 2 == 0 or not subject.is_native
+        mode = "independent" if is_asked else "ordinary"
+        composed = check(subjects(name, kind, mode), row, plain_of=subject)
         drafted, accepted = drafted + composed.drafted, accepted + composed.accepted
     assert 0 < accepted < drafted
 
@@ -272,15 +278,7 @@ def tallies(subjects):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("row", QUIET_SINGLES, ids=short)
 def test_in_ordinary_mode_features_change_no_bit_on_the_native_kernels(subjects, kind, row):
-    check(subjects("mini", kind, "ordinary"), row)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-def test_in_ordinary_mode_any_three_features_change_no_bit_on_the_native_kernels(subjects, kind):
-    subject = subjects("mini", kind, "ordinary")
-    for row in covering_array(subject.factors, strength=3, ruled_out=RULED_OUT):
-        check(subject, row)
+    check(subjects("mini", kind, "ordinary"), row, plain_of=subjects("mini", kind))
 
 
 STRENGTHS = [1, *(pytest.param(strength, marks=pytest.mark.slow) for strength in (2, 3))]
@@ -302,10 +300,13 @@ def test_in_ordinary_mode_features_differ_at_near_ties_only_on_pytorch(tallies, 
 def test_in_ordinary_mode_log_probabilities_of_pytorch_move_within_the_bound(
     request, tallies, kind, strength
 ):
+    tally = tallies(kind, strength)
+    # So few, and so far, in float32: measured, and missed (docs/numerics.md).
+    assert len(tally.beyond) <= tally.logprobs * 0.001
+    assert tally.furthest < 3.0
     if kind == "torch" and strength > 1:
-        reason = "nine of 43,447 move by up to 2.2 of the bound in float32: docs/numerics.md"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
-    assert not tallies(kind, strength).beyond
+        request.applymarker(pytest.mark.xfail(reason="rounding reaches beyond the bound"))
+    assert not tally.beyond
 
 
 # -- would the arrays notice? --------------------------------------------------------------------
@@ -513,13 +514,16 @@ def notices(subject: Subject, mistake, rows: list[Row], monkeypatch) -> bool:
             if composed.answers != plain.answers:
                 return True
             continue
-        tally = Tally()
+        tally, clean = Tally(), Tally()
         try:
             compare_under_tie_rule(plain, composed, tally)
         except AssertionError:
             return True
         if tally.beyond:
-            return True
+            # Rounding does that, too: not in this row.
+            compare_under_tie_rule(plain, composed_run(subject, row, plain), clean)
+            if not clean.beyond:
+                return True
     return False
 
 
@@ -532,7 +536,7 @@ def concerned(rows: list[Row], settings) -> list[Row]:
 @pytest.mark.parametrize("mistake", OF_NATIVE, ids=lambda mistake: mistake.__name__)
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("float32", "independent"), ("float32", "ordinary"), ("bfloat16", "ordinary"),
+    [("float32", "independent"), ("bfloat16", "ordinary"),
      pytest.param("int4", "independent", marks=pytest.mark.slow)],
 )  # fmt: skip
 @pytest.mark.usefixtures("checked_once")
@@ -543,11 +547,15 @@ def test_the_arrays_notice(subjects, monkeypatch, kind, mode, mistake):
 
 
 @pytest.mark.parametrize("mistake", OF_PYTORCH, ids=lambda mistake: mistake.__name__)
-@pytest.mark.parametrize(("name", "mode"), [("tiny", "independent"), ("mini", "ordinary")])
+@pytest.mark.parametrize(
+    ("name", "kind", "mode"),
+    [("tiny", "torch", "independent"), ("mini", "torch", "ordinary"),
+     ("mini", "torch bfloat16", "ordinary")],
+)  # fmt: skip
 @pytest.mark.usefixtures("checked_once")
-def test_the_arrays_notice_on_pytorch(subjects, monkeypatch, name, mode, mistake):
+def test_the_arrays_notice_on_pytorch(subjects, monkeypatch, name, kind, mode, mistake):
     rows = concerned(TORCH_PAIRS, OF_PYTORCH[mistake])
-    assert notices(subjects(name, "torch", mode), mistake, rows, monkeypatch), len(rows)
+    assert notices(subjects(name, kind, mode), mistake, rows, monkeypatch), len(rows)
 
 
 def answer(ids: tuple[int, ...], logprob: float) -> Answer:
@@ -602,21 +610,35 @@ def test_log_probabilities_beyond_the_bound_are_noted():
 
 
 def test_near_ties_of_routers_are_broken_alike_and_nothing_else():
-    one = torch.tensor([3.0, 2.0, 1.0002, 1.0, -1.0])
-    for other, found in (
-        ([3.1, 2.1, 1.0, 1.0003, -1.0], [3.1, 2.1, 1.0003, 1.0, -1.0]),
-        ([3.0, 2.0, 1.5, 1.0, -1.0], None),
+    choose = chooser_of(route_reference, 3)
+
+    def chosen(logits):
+        return choose(logits[None])[0].tolist()
+
+    def followed(one, other, bound=1e-3):
+        one_E, other_E = torch.tensor(one), torch.tensor(other)
+        broken = break_ties_as_in(one_E, other_E, choose=choose, bound=bound)
+        assert chosen(other_E) == chosen(one_E)
+        return broken, other_E.tolist()
+
+    one = [3.0, 2.0, 1.0002, 1.0, -1.0]
+    assert followed(one, [3.0, 2.0, 1.5, 1.0, -1.0]) == (0, [3.0, 2.0, 1.5, 1.0, -1.0])
+    broken, other = followed(one, [3.1, 2.1, 1.0, 1.0003, -1.0])
+    assert broken == 1
+    assert other == pytest.approx([3.1, 2.1, 1.0003, 1.0, -1.0])
+    # Two that are equal, or become so as probabilities, are apart afterwards.
+    assert followed([3.0, 2.0, 1.0, 1.0001, -1.0], [3.0, 2.0, 1.0, 1.0, -1.0])[0] == 1
+    tiny = [90.0, 80.0, -30.00001, -30.0, -90.0]
+    assert followed(tiny, [90.0, 80.0, -30.0, -30.00001, -90.0], bound=1e-2)[0] <= 1
+    for one, other, bound in (
+        ([3.0, 2.0, 1.0002, 1.0, -1.0], [3.0, 2.0, 1.0, 1.1, -1.0], 1e-5),
+        # What changes places must be close in the run that is followed, and in the other one.
+        ([3.0, 2.0, 1.0002, 1.0, -1.0], [3.0, 2.0, 0.0, 0.5, 1.1], 1e-3),
+        ([3.0, 2.0, 1.0001, 1.0, -1.0], [3.0, 2.0, -40.0, 50.0, -1.0], 1e-3),
     ):
         other_E = torch.tensor(other)
-        want = other_E.clone() if found is None else torch.tensor(found)
-        assert break_ties_as_in(one, other_E, experts=3, bound=1e-3) == (found is not None)
-        assert torch.equal(other_E, want)
-        assert set(other_E.topk(3).indices.tolist()) == {0, 1, 2}
-    # What changes places must be as close in the run that is followed, whoever else is.
-    for other, bound in (([3.0, 2.0, 1.0, 1.1, -1.0], 1e-5), ([3.0, 2.0, 0.0, 0.5, 1.1], 1e-3)):
-        other_E = torch.tensor(other)
         with pytest.raises(ValueError, match="other experts, at a margin of"):
-            break_ties_as_in(one, other_E, experts=3, bound=bound)
+            break_ties_as_in(torch.tensor(one), other_E, choose=choose, bound=bound)
         assert torch.equal(other_E, torch.tensor(other))
 
 

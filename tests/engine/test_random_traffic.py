@@ -1,9 +1,10 @@
 """The random traffic of the state machine on the real tiny model.
 
 Everything a request is given is compared with a cold engine: no cache, no drafts, one request at a
-time. In path-independent mode not a bit may differ. In the default mode rows of a batch are summed
-in other orders, and the router can choose other experts where two were equal: measured over 4000
-tokens, a log-probability moves by 7e-7 in the median and by 3e-3 at most.
+time. On the native kernels and in path-independent mode not a bit may differ. In the default mode
+of PyTorch rows of a batch are summed in other orders, and the router can choose other experts where
+two were equal: measured over 4000 tokens, a log-probability moves by 7e-7 in the median and by 3e-3
+at most.
 """
 
 import random

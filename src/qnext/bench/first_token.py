@@ -14,7 +14,7 @@ from typing import Any
 
 from qnext import cost
 from qnext.errors import BackendError
-from qnext.imports import uncollected
+from qnext.imports import import_engine
 
 CACHE_BYTES = 256 << 20
 SHORT, LONG = 16, 512
@@ -46,14 +46,14 @@ def measure_start(folder: Path, *, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Be that process: print "token" at the first token, then one JSON object."""
-    with uncollected():
-        from qnext import native
-        from qnext.config import ModelConfig
-        from qnext.engine.engine import Engine
-        from qnext.engine.request import Request, SamplingParams
-        from qnext.weights.decoder import load_decoder
-        from qnext.weights.folder import resolve_model
-        from qnext.weights.packed import is_packed, open_packed
+    import_engine()
+    from qnext import native
+    from qnext.config import ModelConfig
+    from qnext.engine.engine import Engine
+    from qnext.engine.request import Request, SamplingParams
+    from qnext.weights.decoder import load_decoder
+    from qnext.weights.folder import resolve_model
+    from qnext.weights.packed import is_packed, open_packed
 
     folder, threads = sys.argv[1], int(sys.argv[2])
     native.load().set_threads(threads)

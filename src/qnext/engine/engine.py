@@ -105,6 +105,7 @@ class Engine:
         )  # fmt: skip
         if batch_invariant:
             check_path_independence(model)
+        is_native = isinstance(model, NativeModel)
         setting = _draft_setting(speculative_tokens, has_head=model.has_mtp)
         max_model_len = min(
             max_model_len or config.max_position_embeddings, config.max_position_embeddings
@@ -118,7 +119,7 @@ class Engine:
             dtype=str(model.dtype).removeprefix("torch."),
             prefix_cache=prefix_cache,
             max_drafts=limit,
-            rollback="deferred" if isinstance(model, NativeModel) else rollback,
+            rollback="deferred" if is_native else rollback,
         )
         slots = {
             "num_slots": sizes.num_slots + sizes.num_snapshots,
@@ -147,7 +148,7 @@ class Engine:
             state_bytes=sizes.state_bytes,
             page_bytes=sizes.page_bytes,
             context_share=cost.attention_flops(config)
-            / (cost.matmul_flops(config) + cost.delta_flops(config, chunked=True)),
+            / (cost.matmul_flops(config) + cost.delta_flops(config, chunked=not is_native)),
         )
         self._set_up(runner, PagePool(sizes.num_pages), settings, clock)
         if cache_dir is not None:
@@ -159,7 +160,7 @@ class Engine:
             key = {
                 **(cache_key or {}), "config": config.to_dict(), "layout": runner.cache.layout,
                 "page_tokens": PAGE_SIZE, "kernels": list(model.kernels),
-                "torch": torch.__version__, "batch_invariant": batch_invariant,
+                "torch": torch.__version__, "path_independent": is_native or batch_invariant,
             }  # fmt: skip
             self.attach(
                 DiskStore(

@@ -1,9 +1,9 @@
 """Is a token's result really independent of how it was computed? Checked before it is promised.
 
-In path-independent mode the number computed for a token depends on the tokens before it and on
-nothing else: not on the batch, the chunks, the cache or the drafts. The ops of that mode rely on
-how the machine's libraries sum, so every engine that promises it first compares some splits of a
-sequence bit by bit.
+In path-independent mode, and on the native kernels always, the number computed for a token depends
+on the tokens before it and on nothing else: not on the batch, the chunks, the cache or the drafts.
+PyTorch's ops of that mode rely on how the machine's libraries sum, so every engine that is asked to
+promise it first compares some splits of a sequence bit by bit.
 """
 
 from itertools import pairwise
@@ -40,12 +40,12 @@ def check_path_independence(model: CausalLM | NativeModel) -> None:
         for layer, (one, other) in enumerate(zip(whole, pieces, strict=True)):
             if not torch.equal(one, other):
                 where = "the embedding" if layer == 0 else f"layer {layer - 1}"
+                remedy = "Load the model with path-independent ops, or leave batch_invariant out."
                 if isinstance(model, NativeModel):
-                    where = "the native decoder"
+                    where, remedy = "the native decoder", "This is a mistake in qnext: report it."
                 raise BackendError(
                     f"batch_invariant: {where} gives other bits when a prompt is split at "
-                    f"{inside}: the rows of a batch are not summed independently. Load the model "
-                    "with path-independent ops, or leave batch_invariant out."
+                    f"{inside}: the rows of a batch are not summed independently. {remedy}"
                 )
 
 
