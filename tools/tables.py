@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    ROOT / "README.md",
-    ROOT / "docs" / "benchmarks.md",
-    ROOT / "docs" / "training.md",
-)
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table:([a-z_]+)( head)? -->\n).*?(<!-- /table -->)", re.DOTALL)
 MADE_BY = {
     "evidence": "python -m recipes.evidence --record",
