@@ -152,13 +152,7 @@ def test_the_engine_counts_near_ties(tiny_model):
 # -- is the bound large enough? ------------------------------------------------------------------
 
 
-TEXTS = (
-    "README.md",
-    "docs/architecture.md",
-    "docs/formats.md",
-    "docs/native.md",
-    "docs/numerics.md",
-)
+TEXT = ROOT / "src" / "qnext" / "certificate_text.txt"
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +165,7 @@ def unpacked(tmp_path_factory):
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_how_far_margins_of_the_best_move(backend, unpacked):
-    """Texts the model was not trained for, as a whole and token by token, in float32.
+    """A text the model was not trained for, as a whole and token by token, in float32.
 
     On the native kernels both are the same run. On PyTorch one position in a hundred moves by more
     than the bound: a token there could be chosen otherwise and not be counted as a near-tie, if its
@@ -183,29 +177,28 @@ def test_how_far_margins_of_the_best_move(backend, unpacked):
     runner, bound = llm.engine.runner, llm.engine.tie_bound
     assert bound is not None
     found = []
-    for name in TEXTS:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for start in range(0, 3500, 700 if backend == "native" else 3000):
-            ids = llm.tokenizer.encode(text[start : start + 700])[:250]
+    text = llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    for start in range(0, len(text), 250):
+        ids = text[start : start + 250]
 
-            def logits(sizes, ids=ids):
-                """Of every token, computed in pieces of these sizes."""
-                slot, found, first = runner.open(), [], 0
-                for size in sizes:
-                    work = Work(
-                        slot=slot, pages=range(4), start=first, ids=ids[first : first + size],
-                        rows=range(size),
-                    )  # fmt: skip
-                    found.append(runner.forward([work])[:, : llm.tokenizer.vocab_size].double())
-                    runner.keep([size])
-                    first += size
-                runner.close(slot)
-                return torch.cat(found)
+        def logits(sizes, ids=ids):
+            """Of every token, computed in pieces of these sizes."""
+            slot, rows, first = runner.open(), [], 0
+            for size in sizes:
+                work = Work(
+                    slot=slot, pages=range(4), start=first, ids=ids[first : first + size],
+                    rows=range(size),
+                )  # fmt: skip
+                rows.append(runner.forward([work])[:, : llm.tokenizer.vocab_size].double())
+                runner.keep([size])
+                first += size
+            runner.close(slot)
+            return torch.cat(rows)
 
-            whole, single = logits([len(ids)]), logits([1] * len(ids))
-            top, best = whole.topk(5, dim=-1)
-            moved = (single - whole).gather(1, best)
-            found.append((moved.amax(1) - moved.amin(1)) / tolerance(top[:, 0], bound))
+        whole, single = logits([len(ids)]), logits([1] * len(ids))
+        top, best = whole.topk(5, dim=-1)
+        moved = (single - whole).gather(1, best)
+        found.append((moved.amax(1) - moved.amin(1)) / tolerance(top[:, 0], bound))
     margins = torch.cat(found)
     beyond = float((margins > 1.0).double().mean())
     print(
@@ -218,4 +211,4 @@ def test_how_far_margins_of_the_best_move(backend, unpacked):
     else:
         assert 0.01 < float(margins.median()) < 0.5
         assert beyond < 0.03
-        assert float(margins.max()) < 3.0
+        assert float(margins.max()) < 4.0
