@@ -305,7 +305,9 @@ def test_in_ordinary_mode_log_probabilities_of_pytorch_move_within_the_bound(
     assert len(tally.beyond) <= tally.logprobs * 0.001
     assert tally.furthest < 3.0
     if kind == "torch" and strength > 1:
-        request.applymarker(pytest.mark.xfail(reason="rounding reaches beyond the bound"))
+        # The bound is too small for some tokens, and is not made larger so that this passes.
+        reason = "float32 rounding reaches beyond the bound at some tokens: docs/numerics.md"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     assert not tally.beyond
 
 

@@ -274,8 +274,12 @@ class TestCaptures:
         close(layer.state[:2], want_state)
         assert torch.equal(layer.window[:2], want_window)
         for _, count, slot in captures:
+            some = rows(inputs, 3, 3 + count)
+            _, state, window = before.want(some, [count], slots=[1])
+            close(layer.state[slot : slot + 1], state)
+            assert torch.equal(layer.window[slot : slot + 1], window)
             twin = before.copy()
-            twin.run(kernels, rows(inputs, 3, 3 + count), [count], slots=[1])
+            twin.run(kernels, some, [count], slots=[1])
             assert torch.equal(layer.state[slot], twin.state[1])
             assert torch.equal(layer.window[slot], twin.window[1])
 
