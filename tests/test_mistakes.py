@@ -68,7 +68,7 @@ def test_a_context_that_was_cut_down_is_said(caplog):
         found = LLM(memory="64MiB", max_num_seqs=2, max_model_len=10**9)
     limit = found.config.max_position_embeddings
     assert found.max_model_len == limit
-    said = f"1,000,000,000 tokens were asked for, the model's context holds {limit:,}"
+    said = f"A context of 1,000,000,000 tokens was asked for; the model's holds {limit:,}"
     assert said in caplog.text
 
 

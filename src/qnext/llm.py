@@ -161,8 +161,8 @@ class LLM:
         self.max_model_len = self.engine.max_model_len
         if (engine.get("max_model_len") or 0) > self.max_model_len:
             _log.warning(
-                "max_model_len: %s tokens were asked for, the model's context holds %s; these "
-                "are used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
+                "A context of %s tokens was asked for; the model's holds %s, and no more are "
+                "used.", f"{engine['max_model_len']:,}", f"{self.max_model_len:,}",
             )  # fmt: skip
         self.rule_book = RuleBook(
             tokenizer, template=template, eos_ids=self.eos_ids,

@@ -522,7 +522,7 @@ def _warm(llm: LLM, how: str, prompt: tuple[int, ...]) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=2)
     last = len(prompt) - 1
     if how == "exact":
-        llm.generate([prompt[:last]], params)
+        llm.generate([prompt], params)
     elif how == "partial":
         llm.generate([prompt[: last - 20]], params)
     elif how == "branch":

@@ -36,7 +36,7 @@ def test_a_prepared_beginning_is_not_run_again(tiny_model, drafts):
 def test_it_goes_on_from_what_is_known(tiny_model):
     engine = Engine(tiny_model)
     one(engine, "first", LONG[:100])
-    assert prepare(engine, LONG[:151]) == 50
+    assert prepare(engine, LONG[:151]) == 51
     assert not engine.background.add(LONG[:151])  # there already
     assert not engine.background.add(LONG[:160])  # hardly more
 

@@ -67,16 +67,26 @@ def cached(events) -> int:
 @pytest.mark.parametrize("length", [2, 63, 64, 65, 128, 200])
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_restart_loses_nothing_and_changes_no_bit(start, exact_model, length, drafts):
-    prompt = [*LONG[:length], *LONG[250:290]]
+    prompt = [*LONG[: length + 1], *LONG[250:290]]
     cold = said(answer(Engine(exact_model, prefix_cache=False), "x", prompt))
     first = start(speculative_tokens=drafts)
-    answer(first, "plant", LONG[:length])
+    answer(first, "plant", LONG[: length + 1])
     first.close()
     second = start(speculative_tokens=drafts)
     events = answer(second, "x", prompt)
     assert cached(events) == length
     assert said(events) == cold
     assert second.tier.store.counts["loaded"] == 1
+
+
+def test_the_same_prompt_runs_one_token_after_a_restart(start, exact_model):
+    cold = said(answer(Engine(exact_model, prefix_cache=False), "x", LONG))
+    for reused in (0, 299):
+        engine = start(speculative_tokens=2)
+        events = answer(engine, "x", LONG)
+        assert cached(events) == reused
+        assert said(events) == cold
+        engine.close()
 
 
 def test_what_was_written_without_drafts_serves_those_who_draft_and_the_other_way(
@@ -86,7 +96,7 @@ def test_what_was_written_without_drafts_serves_those_who_draft_and_the_other_wa
     cold = said(answer(Engine(exact_model, prefix_cache=False), "x", prompt))
     for number, (writing, reading) in enumerate([(0, 3), (3, 0), (0, 2)]):
         engine = start(speculative_tokens=writing)
-        answer(engine, "plant", LONG[: 100 + 40 * number])
+        answer(engine, "plant", LONG[: 101 + 40 * number])
         engine.close()
         engine = start(speculative_tokens=reading)
         events = answer(engine, "x", prompt)
@@ -127,7 +137,7 @@ def test_what_is_evicted_comes_back_from_disk(start, exact_model):
         prompt = [*document, *LONG[280:290]]
         events = answer(engine, f"again {number}", prompt)
         engine.tier.store.flush()
-        assert cached(events) == 140
+        assert cached(events) == 139
         assert said(events) == said(
             answer(Engine(exact_model, prefix_cache=False), "x", prompt)
         )  # fmt: skip
@@ -145,9 +155,9 @@ def test_pages_that_are_in_memory_are_not_read_again(start):
     store_reads = []
     load = store.load_page
     store.load_page = lambda state, number: store_reads.append(number) or load(state, number)
-    answer(engine, "shorter", LONG[:100])  # nothing on disk fits: the state lies at 200
+    answer(engine, "shorter", LONG[:100])  # nothing on disk fits: the state lies at 199
     assert store_reads == []
-    assert cached(answer(engine, "longer", LONG[:220])) == 200
+    assert cached(answer(engine, "longer", LONG[:220])) == 199
     assert store_reads == [1, 2]  # page 0 was there, shared with the shorter one
 
 
@@ -179,7 +189,7 @@ def test_other_weights_find_nothing(exact_model, tmp_path, start):
     answer(engine, "plant", LONG[:200])
     engine.close()
     assert cached(answer(start(cache_key={"weights": "two"}), "x", LONG[:220])) == 0
-    assert cached(answer(start(cache_key={"weights": "one"}), "x", LONG[:220])) == 200
+    assert cached(answer(start(cache_key={"weights": "one"}), "x", LONG[:220])) == 199
 
 
 def test_reading_that_is_slower_than_computing_is_left_out_but_tried_now_and_then(start):
@@ -192,7 +202,7 @@ def test_reading_that_is_slower_than_computing_is_left_out_but_tried_now_and_the
     for number in range(RETRY_EVERY):
         engine.prefix.clear()
         reused.append(cached(answer(engine, f"x{number}", LONG[:220])))
-    assert reused == [0] * (RETRY_EVERY - 1) + [200]
+    assert reused == [0] * (RETRY_EVERY - 1) + [199]
 
 
 def test_the_time_to_read_is_learned():
@@ -235,7 +245,7 @@ def test_two_engines_share_a_folder(start):
     first, second = start(), start()
     assert (first.tier.store.writable, second.tier.store.writable) == (True, False)
     for engine in (first, second):
-        assert cached(answer(engine, "x", LONG[:220])) == 200
+        assert cached(answer(engine, "x", LONG[:220])) == 199
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

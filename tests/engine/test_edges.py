@@ -66,7 +66,9 @@ def test_a_snapshot_after_a_last_lone_token_is_a_good_one(tiny_model, drafts):
     states = []
     for setting in (0, drafts):
         engine = Engine(tiny_model, max_num_seqs=2, max_batch_tokens=64, speculative_tokens=setting)
-        engine.add(request("first", LONG[:65], max_tokens=4))
+        first = request("first", LONG[:65], max_tokens=4)
+        object.__setattr__(first, "hints", ((65, "stable"),))
+        engine.add(first)
         run(engine)
         snapshot = engine.prefix.match(LONG[:90]).snapshot
         assert snapshot.length == 65

@@ -304,7 +304,9 @@ class Engine:
             if name in self._sequences:
                 gone.append((self._sequences[name], reason))
         self._cancelled.clear()
-        self.drafter.catch_up([sequence for sequence, _ in gone if self._leaves_snapshot(sequence)])
+        self.drafter.catch_up(
+            [sequence for sequence, _ in gone if self.scheduler.leaves_end(sequence)]
+        )
         events = [self._end(sequence, reason) for sequence, reason in gone]
         if self.lanes is not None and gone and self.lanes.ready():
             events.extend(self._run_lanes(self.lanes))
@@ -356,7 +358,7 @@ class Engine:
                 if due is not None:
                     self.drafter.draft([s for s in self.scheduler.running if s not in ended], due)
                 self.drafter.catch_up(
-                    [sequence for sequence in ended if self._leaves_snapshot(sequence)]
+                    [sequence for sequence in ended if self.scheduler.leaves_end(sequence)]
                 )
                 for sequence in ended:
                     self._end_quietly(sequence)
@@ -439,7 +441,9 @@ class Engine:
         self.drafter.draft([item.sequence for item in items if item.sequence not in ended])
         self._plant(items)
         self._fork([(source, twin) for source, twin, _ in twins if twin not in ended])
-        self.drafter.catch_up([sequence for sequence in ended if self._leaves_snapshot(sequence)])
+        self.drafter.catch_up(
+            [sequence for sequence in ended if self.scheduler.leaves_end(sequence)]
+        )
         for sequence in ended:
             self._end_quietly(sequence)
         return [event for event, _ in events]
@@ -664,13 +668,9 @@ class Engine:
         self._end_quietly(sequence)
         return event
 
-    def _leaves_snapshot(self, sequence: Running) -> bool:
-        """Whether somebody may want to go on from where a sequence ends."""
-        return bool(sequence.slot is not None and self.prefix.num_slots and sequence.output_ids)
-
     def _end_quietly(self, sequence: Running) -> None:
         """Leave a snapshot of where the sequence got to, and free the rest."""
-        if self._leaves_snapshot(sequence):
+        if self.scheduler.leaves_end(sequence):
             self.scheduler.plant_here(sequence, "end")
         self.scheduler.release(sequence)
         self.policy.forget(sequence.request.id, len(sequence.output_ids))

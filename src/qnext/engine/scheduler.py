@@ -431,7 +431,8 @@ class Scheduler:
         if saved >= min(MIN_SHARED, CLOSE_TOKENS) and saved * match.ways >= CLOSE_TOKENS:
             wanted.append((branch, "branch"))
         if not sequence.request.hints:
-            wanted.append((prompt, "stable"))
+            # Every request runs its last token: the same prompt, given again, starts here.
+            wanted.append((prompt - 1, "stable"))
         chosen: dict[int, str] = {}
         for length, why in wanted:
             if length > sequence.done and len(chosen) < MAX_SNAPSHOTS:
@@ -544,6 +545,13 @@ class Scheduler:
         sequence.parked += 1
         self.parkings += 1
         self._queue(sequence)
+
+    def leaves_end(self, sequence: Sequence) -> bool:
+        """Whether somebody may want to go on from where a running sequence ends."""
+        if sequence.slot is None or not self.prefix.num_slots or not sequence.output_ids:
+            return False
+        # One token behind a snapshot, as after an answer of one, is not worth another.
+        return not self.prefix.holds(sequence.tokens(0, sequence.done - 1))
 
     def plant_here(self, sequence: Sequence, why: str) -> None:
         """Take a snapshot of a running sequence where it is."""
