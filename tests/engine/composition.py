@@ -519,7 +519,7 @@ def _answers(
 
 def _warm(llm: LLM, how: str, prompt: tuple[int, ...]) -> None:
     """Let the cache hold some beginning of the prompt."""
-    params = SamplingParams(temperature=0.0, max_tokens=2)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
     last = len(prompt) - 1
     if how == "exact":
         llm.generate([prompt], params)

@@ -424,15 +424,15 @@ class Scheduler:
         if not self._leaves_states(sequence):
             return []
         wanted = [(n, why) for n, why in sequence.request.hints if 0 < n <= prompt]
+        if not sequence.request.hints:
+            # Every request runs its last token: the same text, given again, starts here.
+            wanted.append((prompt - 1, "stable"))
         # One that was parked is known by what it ran itself.
         is_new = not (sequence.scores_prompt or sequence.parked)
         branch = min(match.known, prompt - 1) if is_new else 0
         saved = branch - sequence.done
         if saved >= min(MIN_SHARED, CLOSE_TOKENS) and saved * match.ways >= CLOSE_TOKENS:
             wanted.append((branch, "branch"))
-        if not sequence.request.hints:
-            # Every request runs its last token: the same prompt, given again, starts here.
-            wanted.append((prompt - 1, "stable"))
         chosen: dict[int, str] = {}
         for length, why in wanted:
             if length > sequence.done and len(chosen) < MAX_SNAPSHOTS:
@@ -550,8 +550,12 @@ class Scheduler:
         """Whether somebody may want to go on from where a running sequence ends."""
         if sequence.slot is None or not self.prefix.num_slots or not sequence.output_ids:
             return False
-        # One token behind a snapshot, as after an answer of one, is not worth another.
-        return not self.prefix.holds(sequence.tokens(0, sequence.done - 1))
+        prompt = sequence.request.prompt_ids
+        if sequence.done > len(prompt):
+            return True
+        # An answer of one token: if a state lies before the prompt's last, that one will do.
+        before = self.prefix.at(prompt[:-1])
+        return before is None or before.why != "stable"
 
     def plant_here(self, sequence: Sequence, why: str) -> None:
         """Take a snapshot of a running sequence where it is."""
