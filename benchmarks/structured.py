@@ -7,10 +7,10 @@ of a step goes into what may follow: a stopwatch runs around all that tries toke
 waits until another thread has; a second one around masks alone, and a third around llguidance,
 which may work beside the model's forward. The goal is held against the first. Greedy choices are
 tried first; behind a filter every choice needs its mask. How fast are answers with a grammar when
-drafts are made, against none: paired rounds in an order drawn anew, the median of the ratios and
-its 95% interval. And what path-independent mode costs on PyTorch, in the same way, without a
-grammar; the native kernels are always path-independent. The time of a run is that of whole answers,
-prompts included.
+drafts are made, against none: paired rounds in an order drawn anew, for ``--seconds`` and batch
+size (single answers take milliseconds, and scatter), the median of the ratios and its 95% interval.
+And what path-independent mode costs on PyTorch, in the same way, without a grammar; the native
+kernels are always path-independent. The time of a run is that of whole answers, prompts included.
 """
 
 import argparse
@@ -161,15 +161,19 @@ def compare(
     *,
     rounds: int,
     label: str,
+    seconds: float = 0.0,
     seed: int = 0,
-) -> dict[Any, tuple[tuple[float, float, float], float]]:
-    """For each engine its throughput against the first one's (median, interval), and tokens/s.
+) -> dict[Any, tuple[tuple[float, float, float], list[float]]]:
+    """For each engine its throughput against the first one's (median, interval), and all tokens/s.
 
-    The first round warms up and is not counted.
+    At least ``rounds`` of them, and for ``seconds``. The first round warms up and is not counted.
     """
     first, order = next(iter(engines)), random.Random(seed)
     rates: dict[Any, list[float]] = {name: [] for name in engines}
-    for number in tqdm(range(-1, rounds), desc=label, leave=False):
+    end = time.perf_counter() + seconds
+    for number in tqdm(itertools.count(-1), desc=label, leave=False):
+        if number >= rounds and time.perf_counter() >= end:
+            break
         chosen = requests(number)
         for name in order.sample(list(engines), len(engines)):
             seconds, tokens = _answer(engines[name], chosen)
@@ -178,7 +182,7 @@ def compare(
     return {
         name: (
             interval([a / b for a, b in zip(mine, rates[first], strict=True)]),
-            statistics.median(mine),
+            mine,
         )
         for name, mine in rates.items()
     }
@@ -256,20 +260,21 @@ def speed_rows(llm: LLM, args: argparse.Namespace) -> list[dict[str, str]]:
         found = compare(
             {setting: engine_of(llm, batch, setting) for setting in SETTINGS},
             lambda number, batch=batch: _forms(llm, batch, number, args.tokens),
-            rounds=2 * args.rounds, label=f"grammar, {batch} at a time", seed=args.seed,
+            rounds=2 * args.rounds, seconds=args.seconds, label=f"grammar, {batch} at a time",
+            seed=args.seed,
         )  # fmt: skip
         off = found[0][1]
         for setting in SETTINGS[1:]:
-            (ratio, low, high), rate = found[setting]
+            (ratio, low, high), rates = found[setting]
             name = "auto" if setting == "auto" else f"{setting} draft"
             rows.append(
                 {
                     "what": f"With a grammar, batch {batch}, {name}",
-                    "value": f"{ratio:.2f}x ({low:.2f} to {high:.2f}) of none: {rate:.0f} and "
-                    f"{off:.0f} tokens/s",
+                    "value": f"{ratio:.2f}x ({low:.2f} to {high:.2f}) of none: "
+                    f"{statistics.median(rates):.0f} and {statistics.median(off):.0f} tokens/s",
                     "goal": f"at least {GOAL_EVEN}x" if setting == "auto" else "",
                     "met": ("yes" if ratio >= GOAL_EVEN else "no") if setting == "auto" else "",
-                    "conditions": f"{args.about}, {2 * args.rounds} paired rounds",
+                    "conditions": f"{args.about}, {len(off)} paired rounds",
                 }
             )
     return rows
@@ -290,20 +295,21 @@ def price_rows(args: argparse.Namespace) -> list[dict[str, str]]:
         found = compare(
             {is_equal: engine_of(llm, batch, 0) for is_equal, llm in modes.items()},
             lambda number, batch=batch: _questions(modes[False], batch, number, tokens),
-            rounds=rounds, label=f"torch, {batch} at a time", seed=args.seed,
+            rounds=rounds, seconds=args.seconds, label=f"torch, {batch} at a time", seed=args.seed,
         )  # fmt: skip
-        (ratio, low, high), rate = found[True]
+        (ratio, low, high), rates = found[True]
         price = 1.0 - ratio
         dtype = str(modes[True].model.dtype).removeprefix("torch.")
         rows.append(
             {
                 "what": f"Path-independent, torch, batch {batch}",
                 "value": f"{price:.1%} slower ({1.0 - high:.1%} to {1.0 - low:.1%}): "
-                f"{rate:.0f} and {found[False][1]:.0f} tokens/s",
+                f"{statistics.median(rates):.0f} and {statistics.median(found[False][1]):.0f} "
+                "tokens/s",
                 "goal": f"at most {GOAL_PRICE:.0%}",
                 "met": "yes" if price <= GOAL_PRICE else "no",
                 "conditions": f"{modes[True].name}, {dtype}, greedy, {tokens} tokens, "
-                f"{rounds} paired rounds",
+                f"{len(rates)} paired rounds",
             }
         )
     return rows
@@ -343,6 +349,8 @@ def _parser() -> argparse.ArgumentParser:
     # fmt: off
     add("--parts", nargs="+", choices=("masks", "speed", "price"),
         default=["masks", "speed", "price"])
+    add("--seconds", type=float, default=15.0,
+        help="paired rounds go on so long, if --rounds are fewer")
     add("--record", action="store_true", help="write docs/results/structured.json")
     # fmt: on
     return parser

@@ -15,7 +15,14 @@ pytest.importorskip("llguidance")
 @pytest.fixture
 def args(tiny_folder) -> argparse.Namespace:
     return argparse.Namespace(
-        model=str(tiny_folder), dtype="auto", batches=[1, 4], rounds=1, tokens=8, seed=0, about=""
+        model=str(tiny_folder),
+        dtype="auto",
+        batches=[1, 4],
+        rounds=1,
+        tokens=8,
+        seed=0,
+        about="",
+        seconds=0.0,
     )
 
 
