@@ -47,19 +47,19 @@ sanitize: $(VENV)/.dev
 
 # Trains the embedded model again, from the corpora in DATA: about two hours (recipes/qnext_mini.py).
 DATA ?= ../shared/data
-WORK = .data/qnext-mini
+MINI_WORK = .data/qnext-mini
 RUN = runs/qnext-mini
 MINI = src/qnext/models/qnext-mini
 mini: $(VENV)/.dev
-	$(BIN)/qnext data tokenizer --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --vocab-size 6144 --out $(WORK)/tokenizer
-	$(BIN)/qnext data prepare --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --tokenizer $(WORK)/tokenizer --out $(WORK)/data
+	$(BIN)/qnext data tokenizer --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --vocab-size 6144 --out $(MINI_WORK)/tokenizer
+	$(BIN)/qnext data prepare --recipe recipes/qnext_mini.py --data $(DATA) --policy +cdla --tokenizer $(MINI_WORK)/tokenizer --out $(MINI_WORK)/data
 	$(BIN)/qnext train recipes/qnext_mini.py --run $(RUN)
-	$(BIN)/qnext train export $(RUN) $(WORK)/exported
-	$(BIN)/qnext quantize $(WORK)/exported $(WORK)/model --bits 8
-	mv $(WORK)/model/* $(MINI)/
+	$(BIN)/qnext train export $(RUN) $(MINI_WORK)/exported
+	$(BIN)/qnext quantize $(MINI_WORK)/exported $(MINI_WORK)/model --bits 8
+	mv $(MINI_WORK)/model/* $(MINI)/
 	$(BIN)/qnext train report $(RUN) --out $(MINI)/curves.png
-	$(BIN)/qnext eval mini $(MINI) --held-out $(WORK)/data/held-out --pairs $(DATA)/evals/blimp_100.jsonl.xz --out $(MINI)/evaluation.json --plots $(MINI)
-	$(BIN)/python -m recipes.mini.model_card --model $(MINI) --run $(RUN) --data $(WORK)/data --evaluation $(MINI)/evaluation.json
+	$(BIN)/qnext eval mini $(MINI) --held-out $(MINI_WORK)/data/held-out --pairs $(DATA)/evals/blimp_100.jsonl.xz --out $(MINI)/evaluation.json --plots $(MINI)
+	$(BIN)/python -m recipes.mini.model_card --model $(MINI) --run $(RUN) --data $(MINI_WORK)/data --evaluation $(MINI)/evaluation.json
 	$(BIN)/python -m tools.tables
 
 # Writes the tables of README.md from docs/results; `make measure` measures them again first.

@@ -65,10 +65,12 @@ def test_a_snapshot_after_a_last_lone_token_is_a_good_one(tiny_model, drafts):
     """Chunks end on pages, so a prompt of one page and a token leaves a step of one token."""
     states = []
     for setting in (0, drafts):
-        engine = Engine(tiny_model, max_num_seqs=2, max_batch_tokens=64, speculative_tokens=setting)
-        first = request("first", LONG[:65], max_tokens=4)
-        object.__setattr__(first, "hints", ((65, "stable"),))
-        engine.add(first)
+        engine = Engine(
+            tiny_model, max_num_seqs=2, max_batch_tokens=64, speculative_tokens=setting,
+            snapshot_interval=65,
+        )  # fmt: skip
+        # So long that its end does not take the place of what lies before.
+        engine.add(request("first", LONG[:65], max_tokens=70))
         run(engine)
         snapshot = engine.prefix.match(LONG[:90]).snapshot
         assert snapshot.length == 65

@@ -91,6 +91,16 @@ def test_the_same_prompt_again_runs_one_token(tiny_model):
         assert tokens(events) == wanted
 
 
+@pytest.mark.parametrize("hint", [130, 199, 200])
+def test_the_same_conversation_again_starts_at_its_hint_and_then_before_its_last_token(tiny_model, hint):
+    engine = Engine(tiny_model)
+    for cached in (0, min(hint, 199), 199):
+        prompt = request("x", LONG)
+        object.__setattr__(prompt, "hints", ((hint, "stable"),))
+        engine.add(prompt)
+        assert run(engine)["x"][-1].usage.cached_tokens == cached
+
+
 def test_an_answer_of_one_token_leaves_one_state(tiny_model):
     engine = Engine(tiny_model, speculative_tokens=2)
     for _ in range(2):

@@ -423,13 +423,14 @@ class Scheduler:
         prompt = len(sequence.request.prompt_ids)
         if not self._leaves_states(sequence):
             return []
-        wanted = [(n, why) for n, why in sequence.request.hints if 0 < n <= prompt]
+        # Every request runs its last token: whoever asks the same again starts before it.
+        last = prompt - 1
+        wanted = [(min(n, last), why) for n, why in sequence.request.hints if 0 < n <= prompt]
         if not sequence.request.hints:
-            # Every request runs its last token: the same text, given again, starts here.
-            wanted.append((prompt - 1, "stable"))
+            wanted.append((last, "stable"))
         # One that was parked is known by what it ran itself.
         is_new = not (sequence.scores_prompt or sequence.parked)
-        branch = min(match.known, prompt - 1) if is_new else 0
+        branch = min(match.known, last) if is_new else 0
         saved = branch - sequence.done
         if saved >= min(MIN_SHARED, CLOSE_TOKENS) and saved * match.ways >= CLOSE_TOKENS:
             wanted.append((branch, "branch"))
@@ -440,7 +441,7 @@ class Scheduler:
         partings = self.foresight.partings(sequence.request.prompt_ids)
         twins = len(self.twins(sequence))
         if twins:  # they go on from its end without a snapshot
-            partings[prompt - 1] -= twins
+            partings[last] -= twins
         planned = list(chosen)
         for length in points(partings, start=sequence.done, planned=planned, least=CLOSE_TOKENS):
             chosen.setdefault(length, "queue")
