@@ -92,7 +92,7 @@ def test_the_same_prompt_again_runs_one_token(tiny_model):
 
 
 @pytest.mark.parametrize("hint", [130, 199, 200])
-def test_the_same_conversation_again_starts_at_its_hint_and_then_before_its_last_token(tiny_model, hint):
+def test_the_same_conversation_again_starts_at_its_hint_or_further(tiny_model, hint):
     engine = Engine(tiny_model)
     for cached in (0, min(hint, 199), 199):
         prompt = request("x", LONG)
