@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -134,10 +134,7 @@ def compare(
     order = random.Random(seed)
     label = f"{name}, {batch} at a time"
     before: dict[int | str, tuple[list[int], list[int]]] = {}
-    end = time.perf_counter() + seconds
-    for number in tqdm(count(), desc=label, leave=False, disable=not progress):
-        if number > rounds and time.perf_counter() >= end:
-            break
+    for number in paired_rounds(rounds, seconds, label=label, progress=progress):
         chosen = [prompts[(number * batch + i) % len(prompts)] for i in range(batch)]
         found = {}
         for setting in order.sample(settings, len(settings)):
@@ -156,6 +153,17 @@ def compare(
         cell.tried = [b - a for a, b in zip(tried, policy.tried, strict=True)]
         cell.taken = [b - a for a, b in zip(taken, policy.taken, strict=True)]
     return list(cells.values())
+
+
+def paired_rounds(
+    rounds: int, seconds: float, *, label: str, progress: bool = True
+) -> Iterator[int]:
+    """Numbers of rounds: 0 to warm up, then at least ``rounds`` of them, and for ``seconds``."""
+    end = time.perf_counter() + seconds
+    for number in tqdm(count(), desc=label, leave=False, disable=not progress):
+        if number > rounds and time.perf_counter() >= end:
+            break
+        yield number
 
 
 def engine_of(llm: LLM, batch: int, setting: int | str) -> Engine:

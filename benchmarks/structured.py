@@ -25,10 +25,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.harness import write_result
-from benchmarks.speculation import add_rounds, engine_of, interval, parsed
+from benchmarks.speculation import add_rounds, engine_of, interval, paired_rounds, parsed
 from qnext import LLM, native
 from qnext.engine import ruled
 from qnext.engine.engine import Engine
@@ -170,15 +168,12 @@ def compare(
     """
     first, order = next(iter(engines)), random.Random(seed)
     rates: dict[Any, list[float]] = {name: [] for name in engines}
-    end = time.perf_counter() + seconds
-    for number in tqdm(itertools.count(-1), desc=label, leave=False):
-        if number >= rounds and time.perf_counter() >= end:
-            break
+    for number in paired_rounds(rounds, seconds, label=label):
         chosen = requests(number)
         for name in order.sample(list(engines), len(engines)):
-            seconds, tokens = _answer(engines[name], chosen)
-            if number >= 0:
-                rates[name].append(tokens / seconds)
+            taken, tokens = _answer(engines[name], chosen)
+            if number > 0:
+                rates[name].append(tokens / taken)
     return {
         name: (
             interval([a / b for a, b in zip(mine, rates[first], strict=True)]),

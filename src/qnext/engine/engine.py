@@ -304,9 +304,7 @@ class Engine:
             if name in self._sequences:
                 gone.append((self._sequences[name], reason))
         self._cancelled.clear()
-        self.drafter.catch_up(
-            [sequence for sequence, _ in gone if self.scheduler.leaves_end(sequence)]
-        )
+        self._catch_up([sequence for sequence, _ in gone])
         events = [self._end(sequence, reason) for sequence, reason in gone]
         if self.lanes is not None and gone and self.lanes.ready():
             events.extend(self._run_lanes(self.lanes))
@@ -357,9 +355,7 @@ class Engine:
             with self.runner.alone():
                 if due is not None:
                     self.drafter.draft([s for s in self.scheduler.running if s not in ended], due)
-                self.drafter.catch_up(
-                    [sequence for sequence in ended if self.scheduler.leaves_end(sequence)]
-                )
+                self._catch_up(ended)
                 for sequence in ended:
                     self._end_quietly(sequence)
         return events
@@ -441,9 +437,7 @@ class Engine:
         self.drafter.draft([item.sequence for item in items if item.sequence not in ended])
         self._plant(items)
         self._fork([(source, twin) for source, twin, _ in twins if twin not in ended])
-        self.drafter.catch_up(
-            [sequence for sequence in ended if self.scheduler.leaves_end(sequence)]
-        )
+        self._catch_up(ended)
         for sequence in ended:
             self._end_quietly(sequence)
         return [event for event, _ in events]
@@ -667,6 +661,10 @@ class Engine:
         )
         self._end_quietly(sequence)
         return event
+
+    def _catch_up(self, ended: Sequence[Running]) -> None:
+        """Have the MTP layer read what those who end leave to others."""
+        self.drafter.catch_up([one for one in ended if self.scheduler.leaves_end(one)])
 
     def _end_quietly(self, sequence: Running) -> None:
         """Leave a snapshot of where the sequence got to, and free the rest."""
